@@ -1,0 +1,181 @@
+"""What a pass is: it finds sites in a program and says what shall stand in their place."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, fx, nn
+
+from fxcompile.contracts import Contract
+from fxcompile.fitting import LayerStats
+from fxcompile.program import Program, shape_of
+
+Pairs = tuple[tuple[Tensor, Tensor], ...]
+"""Batches of (what a site's input is now, what its output was in the original model)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Nodes of a program that a pass can replace as one.
+
+    Attributes:
+        nodes: the nodes, in the order of the data. They have one input from outside (the first node's first argument)
+            unless the pass returns a module that takes several; the last one's value is what the replacement gives.
+        layers: the layers that those nodes call, in order; functions have none.
+        name: the layer's name under which the site is reported and the replacement is stored.
+        pairs: calibration batches for fitting, where there are any.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    layers: tuple[nn.Module, ...]
+    name: str
+    pairs: Pairs = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, program: Program, *nodes: fx.Node, name: str | None = None) -> Site:
+        """A site of these nodes, named after the first layer among them unless a name is given."""
+        layers = tuple(layer for layer in map(program.layer, nodes) if layer is not None)
+        named = next((str(node.target) for node in nodes if node.op == "call_module"), nodes[0].name)
+        return cls(nodes, layers, name or named)
+
+    @property
+    def node(self) -> fx.Node:
+        """The first node."""
+        return self.nodes[0]
+
+    @property
+    def layer(self) -> Any:
+        """The first layer."""
+        return self.layers[0]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the first node's input for the example inputs."""
+        return shape_of(self.node.all_input_nodes[0]) or ()
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of the last node's output for the example inputs."""
+        return shape_of(self.nodes[-1]) or ()
+
+    def double(self) -> Site:
+        """The same site with its layers in float64, where a wrong rewrite cannot hide behind rounding."""
+        return replace(self, layers=tuple(copy.deepcopy(layer).double() for layer in self.layers))
+
+    def with_pairs(self, pairs: Pairs) -> Site:
+        """The same site with calibration batches to fit to."""
+        return replace(self, pairs=pairs)
+
+    def statistics(self) -> LayerStats:
+        """The layer's statistics over the calibration batches: Gram matrix of its inputs, wanted outputs."""
+        stats = LayerStats.of(self.layer)
+        for x, y in self.pairs:
+            stats.update(x, y)
+        return stats
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A place that a reader might expect to be rewritten, and the reason why it is not."""
+
+    name: str
+    reason: str
+
+    @classmethod
+    def of(cls, node: fx.Node, reason: str) -> Skip:
+        """Skip a node, named after the layer it calls."""
+        return cls(str(node.target) if node.op == "call_module" else node.name, reason)
+
+
+Replacement = nn.Module | Sequence[nn.Module]
+"""What takes a site's place: layers that follow each other (none: the input itself), or one module with any inside."""
+
+
+class Pass(BaseModel):
+    """A rewrite. A subclass declares `name`, `contract` and its options as fields, and the two methods.
+
+    The pass manager does the rest: snapshots, splicing, shapes, fitting, measuring, verification, rollback, records.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+
+    only: tuple[str, ...] = Field((), description="globs of layer names: sites elsewhere are left")
+    skip: tuple[str, ...] = Field((), description="globs of layer names to leave as they are")
+    max_error: float | None = Field(None, ge=0, description="largest relative output error that a site may cost")
+    min_saving: float | None = Field(None, le=1, description="smallest share of its MACs that a site must save")
+
+    @field_validator("only", "skip", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @property
+    def promise(self) -> Contract:
+        """The contract under these options."""
+        return self.contract
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        """Every place to rewrite, in the order of the data; and with reasons, the near misses."""
+        raise NotImplementedError
+
+    def rewrite(self, site: Site) -> Replacement:
+        """What takes the site's place, from the weights of `site.layers` and, if there are any, `site.pairs`."""
+        raise NotImplementedError
+
+    def selects(self, name: str) -> bool:
+        """Whether `only` and `skip` let the pass touch the layer."""
+        if self.only and not any(fnmatch.fnmatchcase(name, glob) for glob in self.only):
+            return False
+        return not any(fnmatch.fnmatchcase(name, glob) for glob in self.skip)
+
+    def options(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {key: getattr(self, key) for key in type(self).model_fields if key in self._set_options()}
+
+    def _set_options(self) -> set[str]:
+        fields = type(self).model_fields
+        return {key for key, value in fields.items() if getattr(self, key) != value.get_default()}
+
+    def __str__(self) -> str:
+        from fxcompile.pipeline import format_value
+
+        options = ", ".join(f"{key}={format_value(value)}" for key, value in self.options().items())
+        return f"{self.name}({options})" if options else self.name
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def describe_layer(layer: nn.Module) -> str:
+    """A layer in a few characters: `Conv2d 32->64 5x5 /2`."""
+    kind = type(layer).__name__
+    weight = getattr(layer, "weight", None)
+    kernel = getattr(layer, "kernel_size", None)
+    if isinstance(weight, Tensor) and isinstance(kernel, tuple):
+        inputs, outputs = layer.in_channels, layer.out_channels
+        text = f"{kind} {inputs}->{outputs} {'x'.join(map(str, kernel))}"
+        stride = layer.stride
+        if isinstance(stride, tuple) and max(stride) > 1:
+            text += f" /{'x'.join(map(str, stride)) if len(set(stride)) > 1 else stride[0]}"
+        return f"{text} groups={layer.groups}" if layer.groups != 1 else text
+    if isinstance(layer, nn.Linear):
+        return f"{kind} {layer.in_features}->{layer.out_features}"
+    return kind
+
+
+def dtype_of_layers(layers: Sequence[nn.Module]) -> torch.dtype:
+    """The floating dtype of the layers' parameters, float32 where they have none."""
+    for layer in layers:
+        for tensor in layer.parameters():
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return torch.float32

@@ -1,0 +1,277 @@
+"""The only place that edits a graph: puts a replacement where a site was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from fxcompile.canonical import canonicalise, is_free, place
+from fxcompile.errors import RewriteError
+from fxcompile.functional import make_functional
+from fxcompile.layers import PLAIN, plain_kind
+from fxcompile.program import FEATURE, ORIGIN, Program, dtype_of, fetch, output_node, record_shape, shape_of
+from fxcompile.rewriting import Replacement, Site
+from fxcompile.spellings import STATELESS
+
+_LAYERS = {*PLAIN, *(kind for kind, _ in STATELESS.values())}
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A replacement as a piece of canonical graph with shapes, not yet in the program.
+
+    Attributes:
+        root: holds the new layers, by the targets of the graph's nodes.
+        graph: placeholders for the site's inputs, the new nodes, one output.
+        chain: how many layers follow each other, or None where the graph is any other.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    chain: int | None
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The nodes that will be new in the program."""
+        return [node for node in self.graph.nodes if node.op not in ("placeholder", "output")]
+
+    def path(self, site: Site, target: str) -> str:
+        """Where a layer of the fragment is stored in the program: under the site's name."""
+        return site.name if self.chain == 1 else f"{site.name}.{target}"
+
+
+def fragment_of(site: Site, replacement: Replacement) -> Fragment:
+    """A replacement as a graph, its shapes computed from those of the site's inputs.
+
+    Raises:
+        RewriteError: it takes another number of inputs, or inputs of another shape.
+    """
+    inputs = region_inputs(site.nodes)
+    modules = [replacement] if isinstance(replacement, nn.Module) else list(replacement)
+    if len(inputs) != 1 and not isinstance(replacement, nn.Module):
+        raise RewriteError(
+            f"the site has {len(inputs)} inputs and its replacement takes one",
+            place=f"layer '{site.name}'",
+            mend="return one module whose forward takes them all",
+        )
+    try:
+        if all(type(module) in _LAYERS for module in modules):
+            return _chain_fragment(inputs, modules)
+        return _traced_fragment(inputs, modules[0] if len(modules) == 1 else nn.Sequential(*modules))
+    except RuntimeError as error:
+        raise RewriteError(
+            f"its replacement does not take what the site takes: {str(error).splitlines()[0]}",
+            place=f"layer '{site.name}'",
+            mend="this is a bug of the pass",
+        ) from error
+
+
+def _chain_fragment(inputs: Sequence[fx.Node], modules: Sequence[nn.Module]) -> Fragment:
+    """Plain layers one after the other; shapes come from running them on the meta device."""
+    root, graph = nn.Module(), fx.Graph()
+    current = graph.placeholder("x")
+    value = torch.empty(shape_of(inputs[0]) or (), dtype=dtype_of(inputs[0]), device="meta")
+    record_shape(current, value)
+    for index, module in enumerate(modules):
+        meta = {name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+        with torch.no_grad():
+            value = functional_call(module, meta, (value,))
+        root.add_module(str(index), module)
+        current = graph.call_module(str(index), (current,))
+        record_shape(current, value)
+    graph.output(current)
+    return Fragment(root, graph, len(modules))
+
+
+def _traced_fragment(inputs: Sequence[fx.Node], module: nn.Module) -> Fragment:
+    """Any module, traced like a model on zeros of the site's shapes."""
+    zeros = tuple(torch.zeros(shape_of(node) or (), dtype=dtype_of(node)) for node in inputs)
+    raw = fx.symbolic_trace(module)
+    make_functional(raw, zeros)
+    canonical = canonicalise(raw, raw)
+    return Fragment(canonical, canonical.graph, None)
+
+
+class Splicer:
+    """Edits one program. Made once for a pass, so that looking up who calls a layer stays cheap."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.calls: dict[str, list[fx.Node]] = {}
+        for node in program.graph.nodes:
+            if node.op == "call_module":
+                self.calls.setdefault(str(node.target), []).append(node)
+
+    def obstacle(self, site: Site) -> str | None:
+        """Why a site cannot be replaced as one, or None."""
+        if any(node._erased for node in site.nodes):
+            return "an earlier site took part of it"
+        if len(site.nodes) == 1:
+            return None
+        for node in site.nodes:
+            if len(self.calls.get(str(node.target), ())) > 1:
+                return f"layer '{node.target}' is called {len(self.calls[str(node.target)])} times"
+        inside = set(site.nodes)
+        for node in site.nodes[:-1]:
+            if any(user not in inside for user in node.users):
+                return f"the value of '{node.target}' is used elsewhere too"
+        return None
+
+    def replace(self, site: Site, fragment: Fragment) -> list[fx.Node]:
+        """Put a fragment in the site's place, at every call of a site of one layer; returns the new nodes.
+
+        Raises:
+            RewriteError: the fragment gives another shape or dtype than the site.
+        """
+        check_same_output(site, fragment)
+        targets = {str(node.target) for node in site.nodes if node.op == "call_module"}
+        regions = [site.nodes]
+        if len(site.nodes) == 1 and site.node.op == "call_module":
+            regions = [(node,) for node in self.calls[str(site.node.target)]]
+        for target in targets:
+            self.program.module.delete_submodule(target)
+            del self.calls[target]
+        names = self._place(site, fragment)
+        made: list[fx.Node] = []
+        for region in regions:
+            made += self._inline(region, fragment, names)
+        return made
+
+    def _place(self, site: Site, fragment: Fragment) -> dict[str, str]:
+        """Store the fragment's layers and tensors in the program; returns their names there."""
+        names: dict[str, str] = {}
+        for node in fragment.nodes:
+            target = str(node.target)
+            if node.op in ("call_module", "get_attr") and target not in names:
+                name = wanted = fragment.path(site, target)
+                count = 0
+                while not is_free_in(self.program.module, name):
+                    count += 1
+                    name = f"{wanted}_{count}"
+                names[target] = name
+                place(self.program.module, name, fetch(fragment.root, target))
+        return names
+
+    def _inline(self, region: Sequence[fx.Node], fragment: Fragment, names: dict[str, str]) -> list[fx.Node]:
+        graph, last = self.program.graph, region[-1]
+        waiting = region_inputs(region)
+        mapping: dict[fx.Node, fx.Node] = {}
+        made: list[fx.Node] = []
+        position = last
+        for node in fragment.graph.nodes:
+            if node.op == "placeholder":
+                mapping[node] = waiting.pop(0)
+            elif node.op != "output":
+                with graph.inserting_after(position):
+                    position = mapping[node] = graph.node_copy(node, lambda item: mapping[item])
+                if node.op in ("call_module", "get_attr"):
+                    position.target = names[str(node.target)]
+                    self.calls.setdefault(position.target, []).append(position)
+                made.append(position)
+        result = mapping[output_node(fragment.graph).args[0]]  # type: ignore[index]
+        origin = tuple(dict.fromkeys(name for node in region for name in node.meta.get(ORIGIN, ())))
+        for node in made:
+            node.meta[ORIGIN] = origin
+            node.meta.pop(FEATURE, None)
+        if made and FEATURE in last.meta:
+            result.meta[FEATURE] = last.meta[FEATURE]
+        last.replace_all_uses_with(result)
+        for node in reversed(region):
+            graph.erase_node(node)
+        return made
+
+
+def is_free_in(root: nn.Module, path: str) -> bool:
+    """Whether a path is free in a graph module, whose own class is not the plain module that `is_free` walks."""
+    first, _, rest = path.partition(".")
+    if first not in root._modules:
+        return first not in root._parameters and first not in root._buffers
+    held = root._modules[first]
+    return bool(rest) and held is not None and plain_kind(held) is None and is_free(held, rest)
+
+
+def region_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes outside a region whose values it takes, in the order in which they appear."""
+    inside = set(nodes)
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        for item in node.all_input_nodes:
+            if item not in inside:
+                found[item] = None
+    return list(found)
+
+
+def run_region(site: Site, inputs: Sequence[Tensor]) -> Tensor:
+    """What a site computes on given inputs, with `site.layers` for its layers."""
+    env: dict[fx.Node, Any] = dict(zip(region_inputs(site.nodes), inputs, strict=True))
+    layers = iter(site.layers)
+    value: Any = None
+    for node in site.nodes:
+        args = fx.node.map_arg(node.args, env.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+        function: Any = next(layers) if node.op == "call_module" else node.target
+        value = env[node] = function(*args, **kwargs)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def run_replacement(replacement: Replacement, inputs: Sequence[Tensor]) -> Tensor:
+    """What a replacement computes on the same inputs."""
+    if isinstance(replacement, nn.Module):
+        value = replacement(*inputs)
+        assert isinstance(value, Tensor)
+        return value
+    value = inputs[0]
+    for module in replacement:
+        value = module(value)
+    return value
+
+
+def check_same_output(site: Site, fragment: Fragment) -> None:
+    """Raises RewriteError unless the fragment gives the site's shape and dtype: `graph.lint` accepts any."""
+    old, new = site.nodes[-1], output_node(fragment.graph).args[0]
+    if not isinstance(new, fx.Node):
+        raise RewriteError(
+            "its replacement does not return one tensor", place=f"layer '{site.name}'", mend="this is a bug of the pass"
+        )
+    if shape_of(old) != shape_of(new) or dtype_of(old) != dtype_of(new):
+        raise RewriteError(
+            f"its replacement gives {shape_of(new)} {dtype_of(new)} where the site gave {shape_of(old)} {dtype_of(old)}",
+            place=f"layer '{site.name}'",
+            mend="this is a bug of the pass",
+        )
+
+
+def finish(program: Program) -> None:
+    """After the edits of a pass: drop what nothing uses any more, check the graph, and compile it again."""
+    graph = program.graph
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    drop_unused(program.module)
+    graph.lint()
+    program.module.recompile()
+
+
+def drop_unused(module: fx.GraphModule) -> None:
+    """Delete layers and tensors that no node uses, and modules left empty."""
+    used = {str(node.target) for node in module.graph.nodes if node.op in ("call_module", "get_attr")}
+    parents: set[str] = set()
+    for name in used:
+        atoms = name.split(".")
+        parents.update(".".join(atoms[:count]) for count in range(1, len(atoms) + 1))
+
+    def sweep(owner: nn.Module, prefix: str) -> None:
+        for registry in (owner._modules, owner._parameters, owner._buffers):
+            for name in list(registry):
+                path = f"{prefix}{name}"
+                if path not in parents:
+                    del registry[name]
+        for name, child in owner._modules.items():
+            if child is not None and f"{prefix}{name}" not in used:
+                sweep(child, f"{prefix}{name}.")
+
+    sweep(module, "")

@@ -1,0 +1,264 @@
+"""Searches for an input that breaks a contract. Hypothesis draws inputs and shrinks what fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, Phase
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from torch.func import functional_call
+
+from fxcompile.calibration import Calibration, InputSpec
+from fxcompile.contracts import tolerance
+from fxcompile.program import Program, flatten_tensors
+
+KINDS = ("impulse", "constant", "calibration", "normal", "large", "tiny")
+"""What an input can be, simplest first: Hypothesis shrinks towards one image with one non-zero pixel."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn input, small enough to print: what it is, how many samples, and the seed of its random numbers.
+
+    `position`, in [0, 1], says where an impulse lies or which calibration sample is taken; 0 is the first corner.
+    """
+
+    kind: str
+    samples: int
+    position: float = 0.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        count = f"{self.samples} sample{'s' if self.samples > 1 else ''}"
+        detail = {"impulse": f" at {self.position:.0%} of the map", "calibration": f" at {self.position:.0%} of the data"}
+        return f"{self.kind}{detail.get(self.kind, '')}, {count}, seed {self.seed}"
+
+
+def cases(kinds: Sequence[str] = KINDS, most_samples: int = 3) -> st.SearchStrategy[Case]:
+    """Draws inputs; with one sample only where the batch is fixed."""
+    border = st.sampled_from([0.0, 1.0, 0.5])
+    return st.builds(
+        Case,
+        kind=st.sampled_from(list(kinds)),
+        samples=st.integers(1, max(most_samples, 1)),
+        position=st.one_of(border, st.floats(0, 1, width=16)),
+        seed=st.integers(0, 2**16),
+    )
+
+
+class Inputs:
+    """Turns cases into tensors for a program's inputs."""
+
+    def __init__(
+        self, specs: Sequence[InputSpec], examples: Sequence[Tensor], calibration: Calibration | None = None
+    ) -> None:
+        self.specs = tuple(specs)
+        self.examples = tuple(examples)
+        self.calibration = calibration
+
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that make sense: values that the model was not made for tell little about integer inputs."""
+        floating = any(spec.dtype.is_floating_point for spec in self.specs)
+        kinds = KINDS if floating else ("calibration", "normal")
+        return tuple(kind for kind in kinds if kind != "calibration" or self.calibration is not None)
+
+    def make(self, case: Case) -> tuple[Tensor, ...]:
+        """The tensors of a case, one for each input."""
+        if case.kind == "calibration" and self.calibration is not None:
+            return self._from_calibration(case)
+        generator = torch.Generator().manual_seed(case.seed)
+        return tuple(self._one(spec, example, case, generator) for spec, example in zip(self.specs, self.examples))  # noqa: B905
+
+    def _shape(self, spec: InputSpec, case: Case) -> list[int]:
+        shape = list(spec.shape)
+        if spec.batch_axis is not None:
+            shape[spec.batch_axis] = case.samples
+        return shape
+
+    def _from_calibration(self, case: Case) -> tuple[Tensor, ...]:
+        assert self.calibration is not None
+        first = round(case.position * (len(self.calibration) - 1))
+        made = []
+        for spec in self.specs:
+            rows = self.calibration.tensors[spec.name]
+            count = self._shape(spec, case)[0] if spec.batch_axis is None else case.samples
+            index = [(first + offset) % len(self.calibration) for offset in range(count)]
+            made.append(torch.as_tensor(rows[index]).to(spec.dtype))
+        return tuple(made)
+
+    def _one(self, spec: InputSpec, example: Tensor, case: Case, generator: torch.Generator) -> Tensor:
+        shape = self._shape(spec, case)
+        if not spec.dtype.is_floating_point:
+            return random_like(example, shape, generator)
+        if case.kind == "impulse":
+            value = torch.zeros(shape, dtype=spec.dtype)
+            if value.numel():
+                per_sample = value[0].numel() if value.dim() and spec.batch_axis == 0 else value.numel()
+                value.view(-1)[round(case.position * (per_sample - 1))] = 1.0
+            return value
+        if case.kind == "constant":
+            return torch.full(shape, 2.0 * case.position - 1.0, dtype=spec.dtype)
+        scale = {"large": 1e3, "tiny": 1e-6}.get(case.kind, 1.0)
+        return (random_like(example.double(), shape, generator) * scale).to(spec.dtype)
+
+
+def random_like(example: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random values of an example's dtype and range: normal with its mean and deviation, or integers it spans."""
+    if example.dtype == torch.bool:
+        return torch.rand(list(shape), generator=generator) < 0.5
+    if not example.is_floating_point() and not example.is_complex():
+        low, high = (int(example.min()), int(example.max())) if example.numel() else (0, 1)
+        return torch.randint(low, high + 1, list(shape), generator=generator).to(example.dtype)
+    values = example.double() if example.is_floating_point() else example.real.double()
+    finite = values[values.isfinite()]
+    mean, deviation = (float(finite.mean()), float(finite.std())) if finite.numel() > 1 else (0.0, 1.0)
+    noise = torch.randn(list(shape), generator=generator, dtype=torch.float64)
+    return (noise * (deviation if deviation > 0 else 1.0) + mean).to(example.dtype)
+
+
+class Broken(Exception):
+    """An input broke a contract; `where` names the output, `evidence` has the figures."""
+
+
+def search(
+    check: Callable[[Case], None], strategy: st.SearchStrategy[Case], examples: int, seed: int
+) -> tuple[Case, str] | None:
+    """Draw cases until one makes `check` raise `Broken`, then shrink it.
+
+    Returns:
+        The smallest case found and the evidence, or None where none of the examples broke anything.
+    """
+    found: list[tuple[Case, str]] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=max(examples, 1),
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+        report_multiple_bugs=False,
+        verbosity=hypothesis.Verbosity.quiet,
+    )
+    @hypothesis.given(strategy)
+    def run(case: Case) -> None:
+        try:
+            check(case)
+        except Broken as broken:
+            found.append((case, str(broken)))
+            raise
+
+    try:
+        run()
+    except Broken:
+        return found[-1]
+    return None
+
+
+def draw(strategy: st.SearchStrategy[Case], examples: int, seed: int) -> list[Case]:
+    """Some different cases, the same for one seed, as `search` would draw them."""
+    drawn: list[Case] = []
+    search(drawn.append, strategy, examples, seed)
+    return list(dict.fromkeys(drawn))
+
+
+def compare(ours: Tensor, theirs: Tensor, allowed: float, name: str = "output") -> None:
+    """Raise `Broken` unless `max|ours - theirs| <= allowed * max|theirs|`, non-finite values at the same places."""
+    if ours.shape != theirs.shape:
+        raise Broken(f"'{name}' has shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}")
+    if not theirs.is_floating_point():
+        if not torch.equal(ours, theirs.to(ours.dtype)):
+            raise Broken(f"'{name}' differs in {int((ours != theirs).sum())} of {theirs.numel()} elements")
+        return
+    error = relative_maximum(ours, theirs)
+    if error > allowed:
+        raise Broken(f"'{name}' differs by {error:.2e} of its largest value, {allowed:.0e} is allowed")
+
+
+def relative_maximum(ours: Tensor, theirs: Tensor) -> float:
+    """`max|ours - theirs| / max|theirs|`; infinite where one is finite and the other is not."""
+    finite = theirs.isfinite()
+    if not torch.equal(ours.isfinite(), finite):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    a, b = ours.double()[finite], theirs.double()[finite]
+    difference = float((a - b).abs().max())
+    scale = float(b.abs().max())
+    return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """`||ours - theirs|| / ||theirs||`, the L2 norm over everything."""
+    difference = float((ours.double() - theirs.double()).norm())
+    scale = float(theirs.double().norm())
+    return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+class DoubleInterpreter(fx.Interpreter):
+    """Runs a program in float64, casting one layer at a time: the whole network is never held twice."""
+
+    def __init__(self, module: fx.GraphModule, dtype: torch.dtype) -> None:
+        super().__init__(module)
+        self.dtype = dtype
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "get_attr":
+            return self._double(super().run_node(n))
+        return super().run_node(n)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        layer = self.fetch_attr(target)
+        held = dict((*layer.named_parameters(), *layer.named_buffers()))
+        return functional_call(layer, {name: self._double(tensor) for name, tensor in held.items()}, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        def widen(item: Any) -> Any:
+            return torch.float64 if item is self.dtype else item
+
+        return super().call_function(
+            target, fx.node.map_aggregate(args, widen), fx.node.map_aggregate(kwargs, widen)
+        )
+
+    def _double(self, value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def run_double(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of a program computed in float64 from its own weights."""
+    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+    with torch.no_grad():
+        value = DoubleInterpreter(program.module, program.dtype).run(*wide, enable_io_processing=False)
+    return flatten_tensors(value)
+
+
+def compare_programs(before: Program, after: Program, inputs: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
+    """Raise `Broken` unless `after` gives what `before` gave (`reference`) up to rounding.
+
+    Float32 first. A deep network may amplify harmless rounding past the tolerance, so a difference counts only where
+    the same weights, computed in float64, differ as well.
+    """
+    allowed = tolerance(after.dtype)
+    ours = after.outputs(*inputs)
+    try:
+        compare_outputs(ours, reference, allowed, after.output_names)
+    except Broken:
+        if after.dtype == torch.float64:
+            raise
+        compare_outputs(run_double(after, inputs), run_double(before, inputs), allowed, after.output_names)
+
+
+def compare_outputs(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], allowed: float, names: Sequence[str]
+) -> None:
+    """Raise `Broken` unless all tensors agree; see `compare`."""
+    if len(ours) != len(theirs):
+        raise Broken(f"there are {len(ours)} outputs instead of {len(theirs)}")
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        compare(a, b, allowed, name)

@@ -1,0 +1,7 @@
+"""The rewrites that ship with fxcompile, imported as `fxcompile.passes`."""
+
+from .eliminate_identity import EliminateIdentity
+from .fold_batchnorm import FoldBatchNorm
+from .stack_kernels import StackKernels
+
+__all__ = ["EliminateIdentity", "FoldBatchNorm", "StackKernels"]
