@@ -56,11 +56,9 @@ class Canonicaliser:
             self.new[node] = self.lower(node)
         # eliminate_dead_code keeps whatever may be impure; nothing here is, but for the placeholders.
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-        used = {str(node.target) for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         tensors = {node.target: fetch(self.root, node.target) for node in self.graph.nodes if node.op == "get_attr"}
         for name, tensor in tensors.items():
             place(self.layers, str(name), as_attribute(tensor))
-        assert used is not None
         self.graph.lint()
         module = fx.GraphModule(self.layers, self.graph, class_name=type(self.root).__name__)
         module.eval()
@@ -506,6 +504,14 @@ def rule_same_function(self: Canonicaliser, node: fx.Node, args: tuple[Any, ...]
     return self.call(spellings.SAME_FUNCTION[operation_name(node) or ""], args, kwargs, node)
 
 
+def rule_alike(self: Canonicaliser, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return self.call(getattr(torch, operation_name(node) or ""), args, kwargs, node)
+
+
+def rule_method(self: Canonicaliser, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return self.call(getattr(torch.Tensor, operation_name(node) or ""), args, kwargs, node)
+
+
 def rule_identity(self: Canonicaliser, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return self.value(args[0])
 
@@ -712,6 +718,8 @@ register(rule_interpolate, "interpolate", "upsample", "upsample_nearest1d", "ups
          "_upsample_nearest_exact2d")  # fmt: skip
 register(rule_pad, "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
          "replication_pad1d", "replication_pad2d", "replication_pad3d")  # fmt: skip
+register(rule_alike, *spellings.ALIKE)
+register(rule_method, "expand", "repeat")
 register(rule_same_function, *spellings.SAME_FUNCTION)
 
 ModuleRule = Callable[[Canonicaliser, fx.Node, Any, Any], Any]

@@ -139,6 +139,16 @@ SAME_FUNCTION: dict[str, Callable[..., Any]] = {
 }
 """Other functions that go by several names."""
 
+ALIKE = frozenset("""
+    abs exp log log2 log10 log1p expm1 sqrt rsqrt square reciprocal sign sin cos tan asin acos atan atan2 sinh cosh erf
+    floor ceil round trunc clamp clamp_min clamp_max minimum maximum where stack einsum outer cross baddbmm topk sort
+    argmax argmin argsort max min prod std var norm gather scatter scatter_add index_select index_add take_along_dim
+    masked_fill logical_and logical_or logical_not isnan isinf isfinite tile roll flip tril triu all any logsumexp
+    cumprod lerp addcmul addcdiv nan_to_num zeros_like ones_like full_like movedim unflatten repeat_interleave
+""".split())
+"""Functions that are `torch.NAME` with the same arguments in the same order, whether a method, an `aten` operator or
+a function."""
+
 IDENTITIES = {"contiguous", "alias", "lift_fresh_copy", "lift_fresh", "clone", "requires_grad", "lift"}
 """Operations that only say how a tensor lies in memory; nothing works in place, so a copy is the tensor itself."""
 

@@ -114,7 +114,8 @@ class Splicer:
         if len(site.nodes) == 1:
             return None
         for node in site.nodes:
-            if len(self.calls.get(str(node.target), ())) > 1:
+            weights = self.program.layer(node)
+            if weights is not None and any(True for _ in weights.parameters()) and len(self.calls[str(node.target)]) > 1:
                 return f"layer '{node.target}' is called {len(self.calls[str(node.target)])} times"
         inside = set(site.nodes)
         for node in site.nodes[:-1]:
@@ -129,18 +130,22 @@ class Splicer:
             RewriteError: the fragment gives another shape or dtype than the site.
         """
         check_same_output(site, fragment)
-        targets = {str(node.target) for node in site.nodes if node.op == "call_module"}
-        regions = [site.nodes]
-        if len(site.nodes) == 1 and site.node.op == "call_module":
-            regions = [(node,) for node in self.calls[str(site.node.target)]]
-        for target in targets:
-            self.program.module.delete_submodule(target)
-            del self.calls[target]
+        regions = [(node,) for node in self._callers(site)] or [site.nodes]
+        gone = {node for region in regions for node in region}
+        for target in {str(node.target) for node in gone if node.op == "call_module"}:
+            self.calls[target] = [node for node in self.calls[target] if node not in gone]
+            if not self.calls[target]:
+                self.program.module.delete_submodule(target)
         names = self._place(site, fragment)
         made: list[fx.Node] = []
         for region in regions:
             made += self._inline(region, fragment, names)
         return made
+
+    def _callers(self, site: Site) -> list[fx.Node]:
+        """All calls of a layer with weights, which is rewritten once for all of them; none for other sites."""
+        held = len(site.nodes) == 1 and any(True for layer in site.layers for _ in layer.parameters())
+        return list(self.calls[str(site.node.target)]) if held else []
 
     def _place(self, site: Site, fragment: Fragment) -> dict[str, str]:
         """Store the fragment's layers and tensors in the program; returns their names there."""

@@ -1,10 +1,11 @@
 # shellcheck shell=bash
 # Sourced by tools/demo and tools/test: makes .venv and keeps it up to date with pyproject.toml and constraints.txt.
 #
-#   make_environment [EXTRA]   .venv with this project (editable) and, if one is named, an extra's dependencies
+#   make_environment project   .venv with this project, editable
+#   make_environment test      the same, with the dependencies of its extra `test`
 #   add_files_of PACKAGE...    packages of which only the files are read: installed without their dependencies
 #
-# Both do nothing where nothing changed since they last succeeded. What fails ends in one line that says what it was and
+# They do nothing where nothing changed since they last succeeded. What fails ends in one line that says what it was and
 # how to mend it. They set $root, the repository, and $python, the interpreter in .venv.
 
 root=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -117,15 +118,16 @@ _install() {
 }
 
 make_environment() {
-    local extra=${1:-}
     _prepare_log
     _lock
     _make_venv
-    if [[ -z $extra ]]; then
-        _installed project || _install project "fxcompile (some minutes, the first time)" --editable .
-    elif ! _installed "project-$extra"; then
-        _install "project-$extra" "fxcompile with its $extra extra (some minutes, the first time)" --editable ".[$extra]"
-        cp -- "$venv/project-$extra.installed" "$venv/project.installed"
+    if ! _installed "$1"; then
+        if [[ $1 == project ]]; then
+            _install project "fxcompile (takes minutes the first time)" --editable .
+        else
+            _install "$1" "fxcompile and its extra $1 (takes minutes the first time)" --editable ".[$1]"
+            cp -- "$venv/$1.installed" "$venv/project.installed"
+        fi
     fi
     _unlock
 }

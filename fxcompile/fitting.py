@@ -1,0 +1,161 @@
+"""The least-squares step that every approximate pass shares, on streamed statistics (`fxcompile.layer_stats`).
+
+Weights are solved for in float64, always pulled towards the weights that are already there, never unregularised.
+Judge a fit by `relative_error` on inputs it did not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fxcompile.errors import FitError, UsageError
+from fxcompile.layer_stats import LayerStats, check_finite, grouped
+from fxcompile.layers import shallow_copy
+from fxcompile.patches import matrix_weight, weight_matrix
+
+__all__ = ["LayerStats", "reduced_rank", "refit", "solve", "with_parameters"]
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+@torch.no_grad()
+def solve(
+    stats: LayerStats, weight: Tensor, bias: Tensor | None, ridge: float = 1e-2, *, with_bias: bool | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Least squares towards the wanted outputs, regularised towards the weights that are there.
+
+    Minimises, over W and b,
+
+        sum over rows |W x + b - y|² + n a |W - W0|²,      a = ridge * mean diagonal of S
+
+    With S, C the centred sums (n times the covariances) and R = C - S W0ᵀ what W0 leaves unexplained, the best W is
+    W0 + Dᵀ with (S + n a I) D = R, and then b = mean y - W mean x. Solving for the step D makes directions that the
+    data never show stay exactly at W0, whatever the rank of S. Without a bias the same holds for the sums about zero.
+    Each group is solved on its own, with its own a. Never worse than W0 with its best bias on the rows fitted to.
+
+    Args:
+        stats: with wanted outputs.
+        weight: W0, [O, ...] that flattens to [O, F]: a layer's `weight`, or `weight_matrix` of a transposed one.
+        bias: [O], or None where the layer has none. Its value does not matter, W0 is compared with its best bias.
+        ridge: the share of the mean variance of the features that is added to the diagonal; above 0.
+        with_bias: whether to fit a bias; by default if one is given.
+
+    Returns:
+        Weight, shaped as given, and bias, both float64 on the CPU.
+
+    Raises:
+        FitError: no samples, no wanted outputs, or something NaN or infinite.
+        UsageError: ridge is not positive.
+    """
+    if not 0 < ridge < float("inf"):
+        raise UsageError(f"ridge is {ridge}", mend="choose a number above 0; 1e-2 suits most layers")
+    stats.require_outputs()
+    w = grouped(weight, stats)
+    about_means = bias is not None if with_bias is None else with_bias
+    gram, cross, _ = stats.centred() if about_means else stats.raw()
+    check_finite(gram, "sums of squared inputs")
+    check_finite(cross, "sums of products of inputs and wanted outputs")
+    w = w + _step(gram, cross - gram @ w.mT, ridge, _noise(stats)).mT
+    check_finite(w, "fitted weights")
+    fitted = stats.mean_out - torch.einsum("gof,gf->go", w, stats.mean_in).flatten() if about_means else None
+    return w.reshape(weight.shape), fitted
+
+
+def _noise(stats: LayerStats) -> Tensor:
+    """Per group, the diagonal that rounding alone may put into the Gram matrix: no fit to what lies below it."""
+    return stats.rows * stats.precision**2 * stats.mean_in.square().mean(1)
+
+
+def _step(gram: Tensor, residual: Tensor, ridge: float, noise: Tensor) -> Tensor:
+    """(S + a I)⁻¹ R for each group: [g, F, F], [g, F, o] -> [g, F, o]; zero where S is zero."""
+    features = gram.shape[-1]
+    damping = torch.maximum(ridge * gram.diagonal(dim1=1, dim2=2).mean(1), noise)
+    damping[damping < torch.finfo(torch.float64).tiny] = 1.0  # S = 0 and so R = 0
+    epsilon = features * torch.finfo(torch.float64).eps
+    if ridge > 10 * epsilon:
+        system = gram.clone()
+        system.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if not failed.any():
+            return torch.cholesky_solve(residual, factor)
+    values, vectors = torch.linalg.eigh(gram)  # a ridge lost in rounding: leave out what S does not determine
+    certain = values > epsilon * values[:, -1:]
+    scale = torch.where(certain, 1 / (values.clamp(min=0) + damping.unsqueeze(1)), 0.0)
+    return vectors @ (scale.unsqueeze(2) * (vectors.mT @ residual))
+
+
+@torch.no_grad()
+def reduced_rank(stats: LayerStats, weight: Tensor, bias: Tensor | None, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two layers of inner width `rank` that come closest to y = W x + b on the inputs seen; the global optimum.
+
+        x [F]  ->  inner [r, F]  ->  outer [o, r], bias [o]         for each group, o = O / groups
+
+    With Sc the covariance of x, the outputs have covariance W Sc Wᵀ; P, its top r eigenvectors, span the best r
+    dimensions (Eckart and Young, for the norm that Sc gives). inner = Pᵀ W, outer = P, and the bias
+    b + (I - P Pᵀ) W mean x keeps the mean output. The squared error is the sum of the eigenvalues left out. Run
+    `solve` first to start from the best W of full rank: W is then the regression of y, and this its reduction.
+
+    Args:
+        stats: inputs suffice.
+        weight: W, [O, ...] that flattens to [O, F].
+        bias: b, [O]; None counts as zero.
+        rank: r, for each group, from 1 to O / groups.
+
+    Returns:
+        inner [groups * r, F], outer [O, r], bias [O], float64: weights of two layers with `groups` groups each.
+    """
+    w = grouped(weight, stats)
+    if not stats.rows:
+        raise FitError("there are no samples to fit to", mend="give calibration data")
+    if not 1 <= rank <= w.shape[1]:
+        raise UsageError(f"rank is {rank}", mend=f"choose between 1 and {w.shape[1]}")
+    gram, _, _ = stats.centred()
+    check_finite(gram, "sums of squared inputs")
+    outer = torch.linalg.eigh(w @ gram @ w.mT).eigenvectors[:, :, -rank:].flip(2)  # [g, o, r], largest first
+    inner = outer.mT @ w
+    mean = torch.einsum("gof,gf->go", w - outer @ inner, stats.mean_in).flatten()
+    if bias is not None:
+        mean = mean + bias.detach().to("cpu", torch.float64)
+    return inner.flatten(0, 1), outer.flatten(0, 1), mean
+
+
+def refit(layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = 1e-2) -> Layer:
+    """A copy of a layer whose weight and bias best give the wanted outputs from these inputs.
+
+    Args:
+        layer: a convolution, transposed or not, or a linear layer. It gets no bias if it has none.
+        pairs: batches of (input, wanted output), read once, one at a time.
+        ridge: see `solve`.
+
+    Raises:
+        FitError: no samples, NaN or infinity, or a shape or layer that does not fit.
+    """
+    stats = LayerStats.of(layer)
+    for x, y in pairs:
+        stats.update(x, y)
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return with_parameters(layer, *solve(stats, weight_matrix(layer), bias, ridge))
+
+
+def with_parameters(layer: Layer, matrix: Tensor, bias: Tensor | None) -> Layer:
+    """A copy of a layer with another weight, [O, F] or of the weight's size, and bias, rounded to the layer's dtype.
+
+    Raises:
+        FitError: a number is too large for that dtype.
+    """
+    old = layer.weight
+    assert isinstance(old, Tensor)
+    copied = shallow_copy(layer)
+    for name, values in (("weight", matrix_weight(layer, matrix)), ("bias", bias)):
+        if values is None:
+            copied.register_parameter(name, None)
+            continue
+        rounded = values.detach().to(old.device, old.dtype, copy=True).contiguous()
+        check_finite(rounded, f"fitted numbers ({name}, as {str(old.dtype).removeprefix('torch.')})")
+        copied.register_parameter(name, nn.Parameter(rounded, requires_grad=old.requires_grad))
+    return copied
