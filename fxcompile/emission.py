@@ -266,6 +266,7 @@ def simplify(model: Any, program: Program, options: dict[str, bool] | None) -> O
         except Exception as error:
             raise EmitError(f"onnxsim cannot simplify the exported network: {one_line(error)}") from error
     del proto
+    del simplified.metadata_props[:]  # what onnxsim says of itself
     put_origins(simplified, origins)
     file = OnnxFile(simplified, {})
     inputs = [value for value in simplified.graph.input if value.name not in hidden]

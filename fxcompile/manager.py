@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from fxcompile.calibration import Calibration, InputSpec, as_calibration
 from fxcompile.contracts import Exact, tolerance
 from fxcompile.cost import nodes_cost, program_cost, samples
-from fxcompile.errors import ContractError, FitError, RewriteError
+from fxcompile.errors import CalibrationError, ContractError, FitError, RewriteError
 from fxcompile.fitting import refit
 from fxcompile.layers import CONVOLUTIONS
 from fxcompile.pipeline import format_pipeline, parse_pipeline
@@ -362,7 +362,7 @@ class _Run:
         if self.data is not None:
             _, held = self.data.split(seed=self.manager.seed)
             held = held.limit(256)
-            batches = list(held.batches(32))
+            batches = full_batches(held, self.program)
             what = f"{len(held)} held-out calibration samples"
         else:
             batches, what = [synthetic_batch(self.original, self.manager.seed)], "random inputs (no calibration data)"
@@ -424,9 +424,8 @@ class _Data:
                     f"fitted on {len(fit)} and measured on {len(held)} of {len(run.data)} calibration samples, "
                     "which keeps the activations under 1.5 GB"
                 )
-            size = 32 if run.program.batch_is_free else samples_of(run.program)
-            first = list(fit.batches(size))
-            batches, count = [*first, *held.batches(size)], len(first)
+            first = full_batches(fit, run.program)
+            batches, count = [*first, *full_batches(held, run.program)], len(first)
         features = {node.meta.get(FEATURE, node.name): node for node in run.original.graph.nodes}
         wanted = [features[name] for site in sites if (name := site.nodes[-1].meta.get(FEATURE)) in features]
         walks = Walk(run.program, batches), Walk(run.original, batches, wanted)
@@ -479,10 +478,23 @@ class _Data:
         return (solved, solved_error) if solved_error < error else (replacement, error)
 
 
-def samples_of(program: Program) -> int:
-    """The size of the example's first axis: the only batch that a program with a fixed batch takes."""
+def full_batches(data: Calibration, program: Program) -> list[tuple[Tensor, ...]]:
+    """Calibration data in batches that the program takes: of 32 samples, or of the only size it knows.
+
+    Raises:
+        CalibrationError: the batch is fixed and there are fewer samples.
+    """
+    if program.batch_is_free:
+        return list(data.batches(32))
     shape = program.inputs[0].shape
-    return shape[0] if shape else 1
+    size = shape[0] if shape else 1
+    whole = [batch for batch in data.batches(size) if not shape or batch[0].shape[0] == size]
+    if not whole:
+        raise CalibrationError(
+            f"the network takes {size} samples at once and {len(data)} are given for fitting or for measuring",
+            mend=f"give at least {4 * size} samples, or a model with a free batch",
+        )
+    return whole
 
 
 def synthetic_batch(program: Program, seed: int) -> tuple[Tensor, ...]:

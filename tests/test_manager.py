@@ -1,0 +1,244 @@
+"""The pass manager keeps, leaves, rolls back and raises as the contract says, and records all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from fxcompile.contracts import Approximate, Exact
+from fxcompile.errors import ContractError, RewriteError
+from fxcompile.fitting import with_parameters
+from fxcompile.manager import PassManager, dump
+from fxcompile.passes import EliminateIdentity, FoldBatchNorm
+from fxcompile.patches import weight_matrix
+from fxcompile.program import FEATURE, ORIGIN, Program
+from fxcompile.rewriting import Pass, Replacement, Site, Skip
+from fxcompile.tracing import trace
+
+
+class Net(nn.Module):
+    """Two convolutions with batch norms, a residual add and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)) + y)
+        return self.head(self.drop(y.mean((2, 3))))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    for norm in (model.bn1, model.bn2):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture
+def program(net: Net) -> Program:
+    return trace(net, torch.randn(2, 3, 10, 10))
+
+
+def scaled(layer: nn.Conv2d, factor: float) -> nn.Module:
+    return with_parameters(layer, weight_matrix(layer) * factor, layer.bias)
+
+
+class Scale(Pass):
+    """A wrong or lossy pass: multiplies each convolution's weight."""
+
+    name: ClassVar = "scale"
+    contract: ClassVar = Exact()
+    factor: float = 1.001
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        for node, layer in program.layers(nn.Conv2d):
+            if layer.in_channels == 3:
+                yield Skip.of(node, "it takes the image")
+            else:
+                yield Site.of(program, node)
+
+    def rewrite(self, site: Site) -> Replacement:
+        return [scaled(site.layer, self.factor)]
+
+
+class Lossy(Scale):
+    """The same, which says that it is approximate."""
+
+    name: ClassVar = "lossy"
+    contract: ClassVar = Approximate()
+
+
+def test_exact_passes_keep_the_function(program: Program, net: Net) -> None:
+    result = PassManager([FoldBatchNorm(), EliminateIdentity()]).run(program)
+    x = torch.randn(5, 3, 10, 10)
+    wanted = net(x)
+    assert (result.module(x) - wanted).abs().max() < 1e-6 * wanted.abs().max()
+    assert [report.outcome for report in result.record.passes] == ["kept", "kept"]
+    assert result.record.after.parameters == result.record.before.parameters - 4 * 8 + 8  # conv1 gains a bias
+    assert not list(result.program.layers(nn.BatchNorm2d, nn.Dropout))
+
+
+def test_the_program_given_is_untouched(program: Program) -> None:
+    before = program.module.code
+    weights = {name: tensor.clone() for name, tensor in program.module.state_dict().items()}
+    PassManager([FoldBatchNorm()]).run(program)
+    assert program.module.code == before
+    assert all(torch.equal(weights[name], tensor) for name, tensor in program.module.state_dict().items())
+
+
+def test_a_broken_contract_names_pass_site_and_smallest_input(program: Program) -> None:
+    with pytest.raises(ContractError) as caught:
+        PassManager([Scale()]).run(program)
+    text = str(caught.value)
+    assert "layer 'conv2'" in text
+    assert "pass 'scale'" in text
+    assert "the smallest input found is impulse at 0% of the map, 1 sample, seed 0" in text
+
+
+def test_rollback_leaves_the_site_as_it_was(program: Program) -> None:
+    result = PassManager([Scale(), FoldBatchNorm()], verify="rollback").run(program)
+    first, second = result.record.passes
+    assert first.outcome == "left"
+    assert [(site.name, site.outcome) for site in first.sites] == [("conv1", "left"), ("conv2", "rolled back")]
+    assert second.outcome == "kept"
+    x = torch.randn(2, 3, 10, 10)
+    assert torch.allclose(result.module(x), program(x), atol=1e-5)
+
+
+def test_verify_off_keeps_whatever_the_pass_says(program: Program) -> None:
+    result = PassManager([Scale(factor=2.0)], verify="off").run(program)
+    assert result.record.passes[0].examples == 0
+    assert torch.equal(result.program.module.conv2.weight, 2 * program.module.conv2.weight)
+
+
+class OutOfContext(Pass):
+    """Right for its site taken alone, wrong in the network: it moves a shared value's consumer."""
+
+    name: ClassVar = "out-of-context"
+    contract: ClassVar = Exact()
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        for node, _ in program.layers(nn.BatchNorm2d):
+            yield Site.of(program, node)
+
+    def rewrite(self, site: Site) -> Replacement:
+        site.node.replace_input_with(site.node.all_input_nodes[0], site.node.all_input_nodes[0])
+        for other in site.node.graph.nodes:  # what no pass may do: edit the graph elsewhere
+            if other.name == "add":
+                other.args = (other.args[0], other.args[0])
+        return [site.layer]
+
+
+def test_what_only_the_whole_network_shows_is_found_and_rolled_back(program: Program) -> None:
+    with pytest.raises(ContractError, match="out-of-context"):
+        PassManager([OutOfContext()]).run(program)
+    result = PassManager([OutOfContext()], verify="rollback").run(program)
+    assert result.record.passes[0].outcome == "rolled back"
+    x = torch.randn(2, 3, 10, 10)
+    assert torch.equal(result.program(x), program(x))
+
+
+class Wrong(Pass):
+    """Returns layers that do not fit."""
+
+    name: ClassVar = "wrong"
+    contract: ClassVar = Exact()
+    channels: int = 9
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        yield Site.of(program, next(node for node, _ in program.layers(nn.Conv2d)))
+
+    def rewrite(self, site: Site) -> Replacement:
+        return [nn.Conv2d(3, self.channels, 3, padding=1)]
+
+
+def test_a_wrong_shape_is_refused_by_name(program: Program) -> None:
+    with pytest.raises(RewriteError, match=r"layer 'conv1': its replacement gives \(2, 9, 10, 10\)"):
+        PassManager([Wrong()], verify="off").run(program)
+
+
+def test_max_error_and_min_saving_leave_sites(program: Program) -> None:
+    data = torch.randn(64, 3, 10, 10)
+    held = PassManager([Lossy(factor=1.5, max_error=1e-6)], calibration=data).run(program).record.passes[0]
+    assert held.outcome == "kept"  # least squares finds the original weights again
+    report = PassManager([Lossy(factor=1.5, max_error=0.1)]).run(program).record.passes[0]
+    assert report.outcome == "left"
+    assert "is above max_error=0.1" in report.sites[1].reason
+    report = PassManager([Lossy(min_saving=0.1)]).run(program).record.passes[0]
+    assert report.sites[1].reason == "it would save 0% of its MACs, below min_saving=0.1"
+
+
+def test_fitting_finds_the_original_again(program: Program) -> None:
+    data = torch.randn(64, 3, 10, 10)
+    result = PassManager([Lossy(factor=0.5)], calibration=data).run(program)
+    site = result.record.passes[0].sites[1]
+    assert site.outcome == "kept"
+    assert site.error is not None
+    assert site.error < 0.02
+    unfitted = PassManager([Lossy(factor=0.5)]).run(program).record.passes[0]
+    assert unfitted.sites[1].error is not None
+    assert unfitted.sites[1].error > 0.3
+    assert "no calibration data" in unfitted.measured_on
+
+
+def test_only_and_skip_select_layers(program: Program) -> None:
+    kept = PassManager([FoldBatchNorm(only="conv1")]).run(program).record.passes[0]
+    assert [site.name for site in kept.sites] == ["conv1"]
+    kept = PassManager([FoldBatchNorm(skip=["*1"])]).run(program).record.passes[0]
+    assert [site.name for site in kept.sites] == ["conv2"]
+
+
+def test_origins_and_features_survive(program: Program) -> None:
+    result = PassManager([FoldBatchNorm()]).run(program)
+    node = next(node for node in result.program.graph.nodes if node.target == "conv1")
+    assert node.meta[ORIGIN] == ("conv1", "bn1")
+    assert node.meta[FEATURE] == "bn1"
+    assert "from [conv1, bn1]" in dump(result.program)
+
+
+def test_one_seed_gives_the_same_bits(program: Program) -> None:
+    data = torch.randn(32, 3, 10, 10)
+    first, second = (PassManager("fold-batchnorm", calibration=data, seed=3).run(program) for _ in range(2))
+    for a, b in zip(first.module.state_dict().values(), second.module.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_module_trains_without_touching_the_original(program: Program, net: Net) -> None:
+    result = PassManager([FoldBatchNorm()]).run(program)
+    before = [tensor.clone() for tensor in net.parameters()]
+    module = result.module.train()
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    module(torch.randn(4, 3, 10, 10)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    optimiser.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_dump_dir_holds_the_graph_after_each_pass(program: Program, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    PassManager([FoldBatchNorm(), EliminateIdentity()], dump_dir=tmp_path / "dump").run(program)
+    names = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert names == ["00-traced.py", "01-fold-batchnorm.py", "02-eliminate-identity.py"]
+    assert "bn1" in (tmp_path / "dump" / names[0]).read_text()
+    assert "self.bn1" not in (tmp_path / "dump" / names[1]).read_text()
+
+
+def test_an_empty_pipeline_changes_nothing(program: Program) -> None:
+    result = PassManager("").run(program)
+    assert result.record.passes == []
+    assert result.record.before == result.record.after
