@@ -88,27 +88,42 @@ def cli() -> None:
     """
 
 
+_compile_options = [
+    click.option("--passes", "passes", metavar="TEXT", default="",
+                 help="name(option=value, ...), name, ...; or @FILE. See `fxcompile passes`."),
+    click.option("-o", "--output", "output", type=click.Path(path_type=Path), help="The ONNX file to write."),
+    click.option("--calibration", type=click.Path(path_type=Path),
+                 help="Samples of the input: .npz, .npy, .pt, .safetensors, or a folder of images."),
+    click.option("--image-mean", metavar="R,G,B", help="Mean by channel, subtracted from images scaled to 0..1."),
+    click.option("--image-std", metavar="R,G,B", help="Deviation by channel, which images are divided by."),
+    click.option("--verify", type=click.Choice(["raise", "rollback", "off"]), default="raise", show_default=True,
+                 help="What a broken contract does."),
+    click.option("--verify-examples", type=click.IntRange(1),
+                 help="Inputs drawn for each check  [default: 2 to 20, by cost]"),
+    click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True,
+                 help="Of everything random."),
+    click.option("--dynamic", "dynamic", metavar="batch|none|NAME=AXES", multiple=True,
+                 help="Input dimensions that stay free: batch (default), none, or image=0,2,3."),
+    click.option("--opset", type=int, help="The ONNX opset  [default: the exporter's]"),
+    click.option("--dump-dir", type=click.Path(path_type=Path, file_okay=False),
+                 help="A folder for the graph after each pass, as readable text."),
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    click.option("--report", "report_file", type=click.Path(path_type=Path),
+                 help="Write the JSON report to a file too."),
+    click.option("--quiet", is_flag=True, help="Print nothing but errors."),
+]  # fmt: skip
+
+
+def compile_options(command: Any) -> Any:
+    """The options of the main command."""
+    for option in reversed(_compile_options):
+        command = option(command)
+    return command
+
+
 @cli.command("compile")
 @model_options
-@click.option("--passes", "passes", metavar="TEXT", default="",
-              help="name(option=value, ...), name, ...; or @FILE. None: only simplify. See `fxcompile passes`.")  # fmt: skip
-@click.option("-o", "--output", "output", type=click.Path(path_type=Path), help="The ONNX file to write.")
-@click.option("--calibration", type=click.Path(path_type=Path),
-              help="Samples of the input, unlabelled: .npz, .npy, .pt, .safetensors, or a folder of images.")  # fmt: skip
-@click.option("--image-mean", metavar="R,G,B", help="Mean by channel, subtracted from images scaled to 0..1.")
-@click.option("--image-std", metavar="R,G,B", help="Deviation by channel, which images are divided by.")
-@click.option("--verify", type=click.Choice(["raise", "rollback", "off"]), default="raise", show_default=True,
-              help="What a broken contract does.")  # fmt: skip
-@click.option("--verify-examples", type=click.IntRange(1), help="Inputs drawn for each check  [default: 2 to 20, by cost]")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of everything random.")
-@click.option("--dynamic", "dynamic", metavar="batch|none|NAME=AXES", multiple=True,
-              help="Input dimensions that stay free: batch (the default), none, or axes by name: image=0,2,3.")  # fmt: skip
-@click.option("--opset", type=int, help="The ONNX opset  [default: the exporter's]")
-@click.option("--dump-dir", type=click.Path(path_type=Path, file_okay=False),
-              help="A folder for the graph after each pass, as readable text.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--report", "report_file", type=click.Path(path_type=Path), help="Write the JSON report to a file too.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@compile_options
 def compile_command(
     model: Path,
     factory: str | None,
@@ -186,7 +201,9 @@ def passes_command(name: str | None, as_json: bool) -> None:
 @cli.command("show")
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def show_command(model: Path, factory: str | None, input_shapes: tuple[str, ...], allow_pickle: bool, as_json: bool) -> None:
+def show_command(
+    model: Path, factory: str | None, input_shapes: tuple[str, ...], allow_pickle: bool, as_json: bool
+) -> None:
     """A model's layers, with shapes, parameters, multiply-accumulates and bytes."""
     from fxcompile.describing import describe_program
 
@@ -220,7 +237,9 @@ def pipeline_text(passes: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UsageError(f"the pipeline file cannot be read: {reason}", place=str(path), mend="check --passes @FILE") from None
+        raise UsageError(
+            f"the pipeline file cannot be read: {reason}", place=str(path), mend="check --passes @FILE"
+        ) from None
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...] | None:

@@ -148,9 +148,7 @@ def with_dynamic(program: Program, dynamic: Dynamic) -> Program:
         wanted = {axis % rank for axis in axes}
         if 0 in wanted and known[name].batch_axis is None:
             raise UsageError(f"the batch of input '{name}' cannot stay free", mend="; ".join(program.notes) or None)
-        specs[name] = replace(
-            known[name], batch_axis=0 if 0 in wanted else None, dynamic_axes=frozenset(wanted - {0})
-        )
+        specs[name] = replace(known[name], batch_axis=0 if 0 in wanted else None, dynamic_axes=frozenset(wanted - {0}))
     return replace(program, inputs=tuple(specs.values()))
 
 
@@ -289,7 +287,8 @@ def proto_without(model: Any, hidden: Mapping[str, Any]) -> onnx.ModelProto:
         for name in hidden:
             del graph.initializers[name]
             graph.inputs.append(initializers[name])
-        return ir.to_proto(model)
+        proto: onnx.ModelProto = ir.to_proto(model)
+        return proto
     finally:
         while graph.inputs and graph.inputs[-1].name in hidden:
             graph.inputs.pop()
@@ -400,7 +399,11 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
             return  # a free dimension of a size that the network does not take
         if not all(tensor.isfinite().all() for tensor in own if tensor.is_floating_point()):
             return
-        feeds = {spec.name: tensor.numpy() for spec, tensor in zip(program.inputs, tensors, strict=True) if spec.name in names}
+        feeds = {
+            spec.name: tensor.numpy()
+            for spec, tensor in zip(program.inputs, tensors, strict=True)
+            if spec.name in names
+        }
         try:
             given = [torch.from_numpy(np.array(item)) for item in session.run(None, feeds)]
         except Exception as error:

@@ -40,7 +40,9 @@ def scratch_beside(path: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise WriteError(f"it cannot be written: {reason}", place=str(path), mend="free space or choose another disk") from error
+        raise WriteError(
+            f"it cannot be written: {reason}", place=str(path), mend="free space or choose another disk"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

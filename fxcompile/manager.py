@@ -32,7 +32,6 @@ from fxcompile.verification import (
     compare_programs,
     draw,
     random_like,
-    relative_error,
     search,
 )
 from fxcompile.walking import MEMORY, Walk, live_bytes
@@ -517,7 +516,9 @@ def site_inputs(site: Site, batch_is_free: bool) -> tuple[tuple[InputSpec, ...],
 
 def describe_change(site: Site, replacement: Replacement) -> str:
     """What is replaced by what, in a few words."""
-    before = " + ".join(map(describe_layer, site.layers)) or str(getattr(site.node.target, "__name__", site.node.target))
+    before = " + ".join(map(describe_layer, site.layers)) or str(
+        getattr(site.node.target, "__name__", site.node.target)
+    )
     if isinstance(replacement, nn.Module):
         return f"{before} -> {describe_layer(replacement)}"
     after = ", ".join(map(describe_layer, replacement)) or "nothing"

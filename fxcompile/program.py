@@ -139,7 +139,8 @@ def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The graph's single output node."""
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
+    found: fx.Node = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return found
 
 
 def fetch(module: nn.Module, target: str) -> Any:

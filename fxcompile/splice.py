@@ -115,7 +115,11 @@ class Splicer:
             return None
         for node in site.nodes:
             weights = self.program.layer(node)
-            if weights is not None and any(True for _ in weights.parameters()) and len(self.calls[str(node.target)]) > 1:
+            if (
+                weights is not None
+                and any(True for _ in weights.parameters())
+                and len(self.calls[str(node.target)]) > 1
+            ):
                 return f"layer '{node.target}' is called {len(self.calls[str(node.target)])} times"
         inside = set(site.nodes)
         for node in site.nodes[:-1]:
@@ -130,7 +134,7 @@ class Splicer:
             RewriteError: the fragment gives another shape or dtype than the site.
         """
         check_same_output(site, fragment)
-        regions = [(node,) for node in self._callers(site)] or [site.nodes]
+        regions: list[tuple[fx.Node, ...]] = [(node,) for node in self._callers(site)] or [site.nodes]
         gone = {node for region in regions for node in region}
         for target in {str(node.target) for node in gone if node.op == "call_module"}:
             self.calls[target] = [node for node in self.calls[target] if node not in gone]
@@ -231,10 +235,10 @@ def run_replacement(replacement: Replacement, inputs: Sequence[Tensor]) -> Tenso
         value = replacement(*inputs)
         assert isinstance(value, Tensor)
         return value
-    value = inputs[0]
+    current = inputs[0]
     for module in replacement:
-        value = module(value)
-    return value
+        current = module(current)
+    return current
 
 
 def check_same_output(site: Site, fragment: Fragment) -> None:
@@ -246,7 +250,7 @@ def check_same_output(site: Site, fragment: Fragment) -> None:
         )
     if shape_of(old) != shape_of(new) or dtype_of(old) != dtype_of(new):
         raise RewriteError(
-            f"its replacement gives {shape_of(new)} {dtype_of(new)} where the site gave {shape_of(old)} {dtype_of(old)}",
+            f"its replacement gives {shape_of(new)} {dtype_of(new)}, and the site {shape_of(old)} {dtype_of(old)}",
             place=f"layer '{site.name}'",
             mend="this is a bug of the pass",
         )

@@ -35,7 +35,10 @@ class Case:
 
     def __str__(self) -> str:
         count = f"{self.samples} sample{'s' if self.samples > 1 else ''}"
-        detail = {"impulse": f" at {self.position:.0%} of the map", "calibration": f" at {self.position:.0%} of the data"}
+        detail = {
+            "impulse": f" at {self.position:.0%} of the map",
+            "calibration": f" at {self.position:.0%} of the data",
+        }
         return f"{self.kind}{detail.get(self.kind, '')}, {count}, seed {self.seed}"
 
 
@@ -222,9 +225,7 @@ class DoubleInterpreter(fx.Interpreter):
         def widen(item: Any) -> Any:
             return torch.float64 if item is self.dtype else item
 
-        return super().call_function(
-            target, fx.node.map_aggregate(args, widen), fx.node.map_aggregate(kwargs, widen)
-        )
+        return super().call_function(target, fx.node.map_aggregate(args, widen), fx.node.map_aggregate(kwargs, widen))
 
     def _double(self, value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

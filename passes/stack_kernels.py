@@ -39,9 +39,13 @@ class StackKernels(Pass):
     name: ClassVar = "stack-kernels"
     contract: ClassVar = Approximate(exact_when="rank gives at least 1.52 times as many channels between as go in")
 
-    kernel: int | None = Field(None, ge=5, description="only kernels whose largest side is this; by default all odd ones")
+    kernel: int | None = Field(
+        None, ge=5, description="only kernels whose largest side is this; by default all odd ones"
+    )
     rank: int | float = Field(
-        0.5, gt=0, description="share of the layer's MACs to spend, as a fraction; or the channels between, as an integer"
+        0.5,
+        gt=0,
+        description="share of the layer's MACs to spend, as a fraction; or the channels between, as an integer",
     )
     activation: Literal["none", "relu"] = Field("none", description="what stands between; relu wants fine-tuning")
     min_saving: float | None = Field(0.0, le=1, description="smallest share of its MACs that a site must save")
@@ -72,7 +76,8 @@ class StackKernels(Pass):
         )
         stages = stack(weight, widths, conv.groups, torch.Generator().manual_seed(0))
         if site.pairs and weight[0].numel() <= MOST_FEATURES:
-            stages = refine(stages, weight, site.statistics().gram, conv.groups)
+            statistics = site.statistics()
+            stages = refine(stages, weight, statistics.centred().gram / statistics.rows, conv.groups)
         biases: list[Tensor | None] = [None] * len(stages)
         biases[-1] = None if conv.bias is None else conv.bias.detach().double()
         layers = make_layers(conv, stages, biases)

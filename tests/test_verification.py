@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fxcompile.calibration import InputSpec, as_calibration
 from torch import nn
 
-from fxcompile.calibration import InputSpec, as_calibration
 from fxcompile.contracts import tolerance
 from fxcompile.tracing import trace
 from fxcompile.verification import (
@@ -112,7 +112,9 @@ def test_non_finite_values_must_be_at_the_same_places() -> None:
 
 def test_double_run_equals_the_module_in_double() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 4 * 6, 5)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 4 * 6, 5)
+    ).eval()
     x = torch.randn(2, 3, 6, 8)
     program = trace(model, x)
     (given,) = run_double(program, (x,))

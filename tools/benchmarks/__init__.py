@@ -1,0 +1,1 @@
+"""What `tools/bench` measures: one subject a file, each with a command of its name."""
