@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fxcompile.errors import CalibrationError
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
@@ -76,34 +78,38 @@ class Calibration:
 
 
 def as_calibration(data: object, specs: Sequence[InputSpec]) -> Calibration:
-    """Calibration from Python objects: a tensor, a mapping by input name, or an iterable of batches of either.
+    """Calibration from Python objects.
+
+    Args:
+        data: a tensor or array, [N, ...]; a mapping of such by input name; or an iterable of batches, each a tensor, a
+            tuple in the order of the inputs, or a mapping. For one input, the first of a tuple: (images, labels).
 
     Raises:
         CalibrationError: it does not fit the inputs.
     """
     if isinstance(data, Calibration):
-        data = data.tensors
+        return fit_to_inputs(data.tensors, specs)
     if isinstance(data, (Tensor, np.ndarray)):
-        return _checked({specs[0].name: data} if len(specs) == 1 else {"": data}, specs, None)
+        return fit_to_inputs({"": data}, specs)
     if isinstance(data, Mapping):
-        return _checked(dict(data), specs, None)
+        return fit_to_inputs(dict(data), specs)
     if not isinstance(data, Iterable):
         raise CalibrationError(f"calibration data cannot be a {type(data).__name__}", mend="give tensors or batches")
-    parts: dict[str, list[Tensor]] = {spec.name: [] for spec in specs}
+    parts: dict[str, list[Tensor]] = {}
     for batch in data:
-        for name, value in _named_batch(batch, specs).items():
-            parts[name].append(_tensor(value, None))
-    if not all(parts.values()):
-        raise CalibrationError("the calibration data has no batches", mend="give at least one sample")
+        for name, value in _named(batch, specs).items():
+            parts.setdefault(name, []).append(_tensor(value))
+    if not parts:
+        raise CalibrationError("there are no calibration batches", mend="give at least one sample")
     try:
         joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
     except RuntimeError as error:
-        raise CalibrationError(f"the batches have different shapes: {error}", mend="give one shape") from None
-    return _checked(joined, specs, None)
+        raise CalibrationError(f"calibration batches do not go together: {error}", mend="give one shape") from None
+    return fit_to_inputs(joined, specs)
 
 
 def read_calibration(
-    path: Path,
+    path: Path | str,
     specs: Sequence[InputSpec],
     *,
     image_mean: Sequence[float] | None = None,
@@ -117,25 +123,156 @@ def read_calibration(
     Raises:
         CalibrationError: the file is missing or malformed, or does not fit the inputs.
     """
-    raise NotImplementedError
+    path = Path(path)
+    place = str(path)
+    if path.is_dir():
+        from fxcompile.images import read_images
+
+        return fit_to_inputs({"": read_images(path, specs, image_mean, image_std)}, specs, place)
+    if image_mean is not None or image_std is not None:
+        raise CalibrationError(
+            "--image-mean and --image-std are for a folder of images", place=place, mend="normalise the arrays instead"
+        )
+    if not path.exists():
+        raise CalibrationError("there is no such file", place=place, mend="check --calibration")
+    if path.suffix not in ARRAY_SUFFIXES:
+        raise CalibrationError(
+            f"'{path.suffix}' is no kind of calibration file", place=place, mend=f"give {', '.join(ARRAY_SUFFIXES)}"
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise CalibrationError("the file is empty", place=place, mend="save the arrays again")
+        arrays = _read_arrays(path)
+    except CalibrationError:
+        raise
+    except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = "it holds pickled objects" if "pickle" in str(error).lower() else "it is truncated or damaged"
+        raise CalibrationError(reason, place=place, mend="save plain arrays again") from None
+    except Exception as error:  # safetensors raises a class of its own
+        raise CalibrationError(f"it cannot be read: {error}", place=place, mend="save it again") from None
+    return fit_to_inputs(arrays, specs, place)
 
 
-def _named_batch(batch: Any, specs: Sequence[InputSpec]) -> dict[str, Any]:
+def _read_arrays(path: Path) -> dict[str, Any]:
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    if path.suffix == ".npy":
+        return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    held = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(held, Tensor):
+        return {"": held}
+    if isinstance(held, Mapping):
+        return {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
+    if isinstance(held, (list, tuple)) and held and all(isinstance(item, Tensor) for item in held):
+        return {str(index): item for index, item in enumerate(held)}
+    raise CalibrationError(f"it holds a {type(held).__name__}, no tensors", place=str(path), mend="save tensors")
+
+
+def fit_to_inputs(arrays: Mapping[str, Any], specs: Sequence[InputSpec], place: str | None = None) -> Calibration:
+    """Arrays matched to inputs, by name or else by shape, and checked.
+
+    Raises:
+        CalibrationError: an input has no array, or its array has another shape, no samples, or is not finite.
+    """
+    given = {name: _tensor(array, place) for name, array in arrays.items()}
+    if not given:
+        raise CalibrationError("it holds no arrays", place=place, mend="save an array for each input")
+    tensors: dict[str, Tensor] = {}
+    for index, spec in enumerate(specs):
+        tensor = given.get(spec.name)
+        if tensor is None and set(given) == {str(number) for number in range(len(specs))}:
+            tensor = given[str(index)]
+        if tensor is None:
+            near = [held for name, held in given.items() if name not in {item.name for item in specs}]
+            fitting = [held for held in near if _misfit(held, spec) is None]
+            near = fitting or near
+            if len(near) != 1 or (len(specs) > 1 and not fitting):
+                shown = ", ".join(f"'{name}' {_shape(held)}" for name, held in given.items())
+                raise CalibrationError(
+                    f"there is no array for input '{spec.name}' {_wanted(spec)} among {shown}",
+                    place=place,
+                    mend="name the array like the input",
+                )
+            tensor = near[0]
+        misfit = _misfit(tensor, spec)
+        if misfit is not None:
+            raise CalibrationError(misfit[0], place=place, mend=misfit[1])
+        tensors[spec.name] = tensor
+    counts = {name: tensor.shape[0] for name, tensor in tensors.items()}
+    if len(set(counts.values())) > 1:
+        shown = ", ".join(f"'{name}' {count}" for name, count in counts.items())
+        raise CalibrationError(f"the inputs have different numbers of samples: {shown}", place=place, mend="align them")
+    for spec in specs:
+        tensor = tensors[spec.name]
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CalibrationError(
+                f"the samples of '{spec.name}' hold NaN or infinity", place=place, mend="remove them"
+            )
+    return Calibration(tuple(specs), tensors)
+
+
+def _misfit(tensor: Tensor, spec: InputSpec) -> tuple[str, str] | None:
+    """What is wrong with an array for an input, and the mend; None where it fits."""
+    given, wanted = tuple(tensor.shape), spec.shape
+    what = f"the array for '{spec.name}' is {_shape(tensor)} and {_wanted(spec)} is wanted"
+    if given == wanted[1:] and len(wanted) > 1:
+        return f"{what}: the sample axis is missing", "add an axis in front"
+    if len(given) != len(wanted):
+        return what, "give [samples, ...] as the model takes it"
+    if given and given[0] == 0:
+        return f"the array for '{spec.name}' has no samples", "give at least one"
+    for axis in range(1, len(wanted)):
+        if axis not in spec.dynamic_axes and given[axis] != wanted[axis]:
+            if len(wanted) == 4 and (given[3], given[1], given[2]) == wanted[1:]:
+                return f"{what}: its channels come last", "transpose it to [samples, channels, height, width]"
+            return what, "resize the samples to what the model takes"
+    floating = spec.dtype.is_floating_point
+    if floating and not tensor.is_floating_point():
+        return (
+            f"the array for '{spec.name}' is {_dtype(tensor)} and the input {str(spec.dtype).removeprefix('torch.')}",
+            "scale and normalise it as for the model, then save it as float32",
+        )
+    if not floating and tensor.is_floating_point():
+        return f"the array for '{spec.name}' is {_dtype(tensor)} and the input takes integers", "save it as integers"
+    return None
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _wanted(spec: InputSpec) -> str:
+    return "x".join(["N", *map(str, spec.shape[1:])])
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _named(batch: Any, specs: Sequence[InputSpec]) -> dict[str, Any]:
     if isinstance(batch, Mapping):
-        return {spec.name: batch[spec.name] for spec in specs}
+        return dict(batch)
     if isinstance(batch, (tuple, list)):
+        if len(batch) < len(specs):
+            raise CalibrationError(
+                f"a calibration batch has {len(batch)} tensors and the network {len(specs)} inputs", mend="give all"
+            )
         return dict(zip((spec.name for spec in specs), batch, strict=False))
-    return {specs[0].name: batch}
+    return {specs[0].name if len(specs) == 1 else "": batch}
 
 
-def _tensor(value: Any, place: str | None) -> Tensor:
+def _tensor(value: Any, place: str | None = None) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach()
-    return torch.from_numpy(np.asarray(value))
-
-
-def _checked(data: Mapping[str, Any], specs: Sequence[InputSpec], place: str | None) -> Calibration:
-    return Calibration(tuple(specs), {spec.name: _tensor(data[spec.name], place).to(spec.dtype) for spec in specs})
-
-
-_ = zipfile
+        return value.detach().cpu()
+    array = np.asarray(value)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a memory-mapped array is read-only, and nothing writes to it
+            return torch.from_numpy(array)
+    except TypeError:
+        raise CalibrationError(
+            f"an array of {array.dtype} is no calibration data", place=place, mend="save numbers"
+        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,11 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except Exception as error:  # a bug of ours: still one sentence, and a way to see more
+        if os.environ.get("FXCOMPILE_TRACEBACK"):
+            raise
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"internal error, {what}; set FXCOMPILE_TRACEBACK=1 to see where, and report it", 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -7,13 +7,13 @@ Judge a fit by `relative_error` on inputs it did not see.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fxcompile.errors import FitError, UsageError
-from fxcompile.layer_stats import LayerStats, check_finite, grouped
+from fxcompile.layer_stats import LayerStats, check_finite, grouped, mean_output
 from fxcompile.layers import shallow_copy
 from fxcompile.patches import matrix_weight, weight_matrix
 
@@ -34,8 +34,9 @@ def solve(
 
     With S, C the centred sums (n times the covariances) and R = C - S W0ᵀ what W0 leaves unexplained, the best W is
     W0 + Dᵀ with (S + n a I) D = R, and then b = mean y - W mean x. Solving for the step D makes directions that the
-    data never show stay exactly at W0, whatever the rank of S. Without a bias the same holds for the sums about zero.
-    Each group is solved on its own, with its own a. Never worse than W0 with its best bias on the rows fitted to.
+    data never show stay at W0, whatever the rank of S; features that only rounding moves stay exactly. Without a
+    bias the same holds for the sums about zero. Each group is solved on its own, with its own a. Never worse than
+    W0 with its best bias on the rows fitted to.
 
     Args:
         stats: with wanted outputs.
@@ -54,34 +55,45 @@ def solve(
     if not 0 < ridge < float("inf"):
         raise UsageError(f"ridge is {ridge}", mend="choose a number above 0; 1e-2 suits most layers")
     stats.require_outputs()
-    w = grouped(weight, stats)
+    w = grouped(weight, stats, stats.outputs)
     about_means = bias is not None if with_bias is None else with_bias
     gram, cross, _ = stats.centred() if about_means else stats.raw()
     check_finite(gram, "sums of squared inputs")
     check_finite(cross, "sums of products of inputs and wanted outputs")
-    w = w + _step(gram, cross - gram @ w.mT, ridge, _noise(stats)).mT
+    residual = cross - gram @ w.mT
+    still = _still(stats) if about_means else torch.zeros_like(stats.mean_in, dtype=torch.bool)
+    if still.any():
+        gram = gram.masked_fill(still.unsqueeze(2) | still.unsqueeze(1), 0.0)
+        residual.masked_fill_(still.unsqueeze(2), 0.0)
+    step = _step(gram, residual, ridge).masked_fill_(still.unsqueeze(2), 0.0)
+    w = w + step.mT
     check_finite(w, "fitted weights")
-    fitted = stats.mean_out - torch.einsum("gof,gf->go", w, stats.mean_in).flatten() if about_means else None
+    fitted = stats.mean_out - mean_output(w, None, stats) if about_means else None
     return w.reshape(weight.shape), fitted
 
 
-def _noise(stats: LayerStats) -> Tensor:
-    """Per group, the diagonal that rounding alone may put into the Gram matrix: no fit to what lies below it."""
-    return stats.rows * stats.precision**2 * stats.mean_in.square().mean(1)
+def _still(stats: LayerStats) -> Tensor:
+    """Which features, [groups, F], are constant: spread about their mean no more than rounding spreads them."""
+    spread = stats.centred().gram.diagonal(dim1=1, dim2=2)
+    return spread <= stats.rows * (4 * stats.precision * stats.mean_in).square()
 
 
-def _step(gram: Tensor, residual: Tensor, ridge: float, noise: Tensor) -> Tensor:
+def _step(gram: Tensor, residual: Tensor, ridge: float) -> Tensor:
     """(S + a I)⁻¹ R for each group: [g, F, F], [g, F, o] -> [g, F, o]; zero where S is zero."""
     features = gram.shape[-1]
-    damping = torch.maximum(ridge * gram.diagonal(dim1=1, dim2=2).mean(1), noise)
-    damping[damping < torch.finfo(torch.float64).tiny] = 1.0  # S = 0 and so R = 0
+    size = gram.diagonal(dim1=1, dim2=2).mean(1)
+    damping = torch.where(size > 1e-290, ridge * size, 1.0)  # where S is zero R is too, and any damping serves
     epsilon = features * torch.finfo(torch.float64).eps
     if ridge > 10 * epsilon:
         system = gram.clone()
         system.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
+        factor: Tensor
+        failed: Tensor
         factor, failed = torch.linalg.cholesky_ex(system)
         if not failed.any():
             return torch.cholesky_solve(residual, factor)
+    values: Tensor
+    vectors: Tensor
     values, vectors = torch.linalg.eigh(gram)  # a ridge lost in rounding: leave out what S does not determine
     certain = values > epsilon * values[:, -1:]
     scale = torch.where(certain, 1 / (values.clamp(min=0) + damping.unsqueeze(1)), 0.0)
@@ -117,10 +129,7 @@ def reduced_rank(stats: LayerStats, weight: Tensor, bias: Tensor | None, rank: i
     check_finite(gram, "sums of squared inputs")
     outer = torch.linalg.eigh(w @ gram @ w.mT).eigenvectors[:, :, -rank:].flip(2)  # [g, o, r], largest first
     inner = outer.mT @ w
-    mean = torch.einsum("gof,gf->go", w - outer @ inner, stats.mean_in).flatten()
-    if bias is not None:
-        mean = mean + bias.detach().to("cpu", torch.float64)
-    return inner.flatten(0, 1), outer.flatten(0, 1), mean
+    return inner.flatten(0, 1), outer.flatten(0, 1), mean_output(w - outer @ inner, bias, stats)
 
 
 def refit(layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = 1e-2) -> Layer:
@@ -150,7 +159,7 @@ def with_parameters(layer: Layer, matrix: Tensor, bias: Tensor | None) -> Layer:
     """
     old = layer.weight
     assert isinstance(old, Tensor)
-    copied = shallow_copy(layer)
+    copied = cast(Layer, shallow_copy(layer))
     for name, values in (("weight", matrix_weight(layer, matrix)), ("bias", bias)):
         if values is None:
             copied.register_parameter(name, None)

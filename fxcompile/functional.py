@@ -8,11 +8,14 @@ functionalisation rewrites views too.
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxcompile.program import record_shape
@@ -20,19 +23,35 @@ from fxcompile.program import record_shape
 VALUE = "fxcompile.value"
 """Key of `node.meta`: the int, dtype, size or tuple of such that a raw node gave when it ran on the examples."""
 
-_IN_PLACE_OPERATORS = {
+IN_PLACE_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
     operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
     operator.ipow: operator.pow,
     operator.imatmul: operator.matmul,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
 }
+
+_ONLY_MARKS = {"detach_", "requires_grad_", "share_memory_", "retain_grad_"}
+"""Methods named like in-place ones that write nothing."""
+
+_CHANGES_SHAPE = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+"""Methods that change how the tensor object itself sees its memory, but not what is there."""
+
+_UNSUPPORTED = {"resize_", "resize_as_", "set_", "as_strided_"}
+"""Methods that give the tensor object other memory."""
+
+_GIVES_BOOLEANS = {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_and_", "logical_or_", "logical_not_", "logical_xor_"}
+"""Methods whose out-of-place twin has another dtype."""
 
 
 class Unfollowable(Exception):
-    """The graph writes to memory that another view reads later; `node` is the writing one."""
+    """A write to memory that no renaming of nodes can express; `node` is the writing one."""
 
     def __init__(self, node: fx.Node, reason: str) -> None:
         super().__init__(reason)
@@ -41,39 +60,68 @@ class Unfollowable(Exception):
 
 
 class Observer(fx.Interpreter):
-    """Runs a raw graph once, recording shapes and values, and renames after in-place operations."""
+    """Runs a raw graph once, recording shapes and values, and what is to be renamed after in-place operations.
+
+    Attributes:
+        renamed: pairs of a node whose tensor was overwritten, and the node that did it.
+        writers: the nodes that work in place.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
+        self.submodules = dict(module.named_modules(remove_duplicate=False))
         self.order = {node: index for index, node in enumerate(module.graph.nodes)}
         self.renamed: list[tuple[fx.Node, fx.Node]] = []
+        self.writers: list[fx.Node] = []
+        self.own: dict[int, str] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        if isinstance(n.kwargs.get("out"), (tuple, list)):
+            raise Unfollowable(n, "it writes to several tensors with out=")
         written = written_argument(n, self.submodules)
-        if written is not None:
-            self._note_write(n, written)
+        before = self.env.get(written) if written is not None else None
+        if written is not None and isinstance(before, Tensor):
+            self.writers.append(n)
+            self._note_write(n, written, before)
         value = super().run_node(n)
+        if isinstance(before, Tensor) and isinstance(value, Tensor) and written_name(n) not in _CHANGES_SHAPE:
+            self._check_dtype(n, before)
+        if n.op == "get_attr" and isinstance(value, Tensor):
+            self.own[value.untyped_storage().data_ptr()] = str(n.target)
         record_shape(n, value)
         if is_plain(value):
             n.meta[VALUE] = value
         return value
 
-    def _note_write(self, node: fx.Node, written: fx.Node) -> None:
-        tensor = self.env.get(written)
-        if not isinstance(tensor, Tensor):
-            return
-        if written.op == "get_attr":
-            raise Unfollowable(node, f"it updates the model's own tensor '{written.target}' in forward")
+    def _note_write(self, node: fx.Node, written: fx.Node, tensor: Tensor) -> None:
+        name = written_name(node)
+        own = self.own.get(tensor.untyped_storage().data_ptr())
+        if own is not None and name not in _CHANGES_SHAPE:
+            raise Unfollowable(node, f"forward updates the model's own tensor '{own}'")
+        if name in _UNSUPPORTED:
+            raise Unfollowable(node, f"'{name}' gives a tensor other memory")
         now = self.order[node]
         for other, value in self.env.items():
-            if not isinstance(other, fx.Node) or all(self.order[user] <= now for user in other.users):
+            read_later = any(self.order[user] > now for user in other.users)
+            if not read_later:
                 continue
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if not isinstance(item, Tensor) or not shares_memory(item, tensor):
                     continue
+                if name in _CHANGES_SHAPE and item is not tensor:
+                    continue  # another view keeps its shape, and its values too
                 if item is not value or geometry(item) != geometry(tensor):
                     raise Unfollowable(node, "it writes in place to memory that another view reads afterwards")
                 self.renamed.append((other, node))
+
+    def _check_dtype(self, node: fx.Node, written: Tensor) -> None:
+        """Out of place, the result would take the wider dtype of the operands; in place it keeps its own."""
+        if written_name(node) in _GIVES_BOOLEANS and written.dtype != torch.bool:
+            raise Unfollowable(node, f"it writes booleans in place into a {written.dtype} tensor")
+        for source in node.all_input_nodes:
+            value = self.env.get(source)
+            if isinstance(value, Tensor) and torch.result_type(value, written) != written.dtype:
+                raise Unfollowable(node, f"it writes {value.dtype} values in place into a {written.dtype} tensor")
 
 
 def make_functional(module: fx.GraphModule, examples: Sequence[Tensor]) -> Any:
@@ -83,19 +131,19 @@ def make_functional(module: fx.GraphModule, examples: Sequence[Tensor]) -> Any:
         Unfollowable: a write that no renaming of nodes can express.
     """
     observer = Observer(module)
-    observer.submodules = dict(module.named_modules(remove_duplicate=False))
     with torch.no_grad():
         output = observer.run(*(example.clone() for example in examples), enable_io_processing=False)
-    names: dict[fx.Node, list[fx.Node]] = {}
+    newest: dict[fx.Node, fx.Node] = {}  # by node, what stands for its tensor after the writes so far
     for written, writer in observer.renamed:
-        so_far = names.setdefault(written, [written])
-        for name in so_far:
-            for user in [user for user in name.users if observer.order[user] > observer.order[writer]]:
-                user.replace_input_with(name, writer)
-        so_far.append(writer)
-    for node in module.graph.nodes:
-        if written_argument(node, observer.submodules) is not None:
-            make_out_of_place(node)
+        name = newest.get(written, written)
+        for user in [user for user in name.users if observer.order[user] > observer.order[writer]]:
+            user.replace_input_with(name, writer)
+        newest[written] = writer
+    for node in observer.writers:
+        if node.op == "call_function" and node.target in IN_PLACE_OPERATORS:
+            node.target = IN_PLACE_OPERATORS[node.target]
+        if isinstance(node.kwargs.get("out"), fx.Node):
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
     return output
 
 
@@ -103,7 +151,9 @@ def is_plain(value: Any) -> bool:
     """Whether a value is an int, bool, float, dtype, device or a tuple or list of such: no tensor."""
     if isinstance(value, (tuple, list)):
         return all(is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, slice))
+    return value is None or isinstance(
+        value, (bool, int, float, complex, str, torch.dtype, torch.device, slice, torch.memory_format, torch.layout)
+    )
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
@@ -118,45 +168,50 @@ def geometry(tensor: Tensor) -> tuple[object, ...]:
 
 def written_argument(node: fx.Node, submodules: dict[str, nn.Module]) -> fx.Node | None:
     """The node whose tensor this node overwrites, or None for an operation that works out of place."""
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        return node.kwargs["out"]  # type: ignore[return-value]
     first = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(first, fx.Node):
         return None
     if node.op == "call_module":
         return first if getattr(submodules[str(node.target)], "inplace", False) is True else None
-    if node.op == "call_method":
-        return first if is_in_place_name(str(node.target)) else None
-    if node.op != "call_function":
+    if node.op not in ("call_method", "call_function") or written_name(node) in _ONLY_MARKS:
         return None
+    if node.op == "call_function":
+        if isinstance(node.target, torch._ops.OpOverload):
+            return first if node.target._schema.is_mutable else None
+        if node.target in IN_PLACE_OPERATORS or is_told_in_place(node):
+            return first
+    return first if is_in_place_name(written_name(node)) else None
+
+
+def written_name(node: fx.Node) -> str:
+    """The name by which an in-place operation goes: that of the method, function or operator."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return first if node.target._schema.is_mutable else None
-    if node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
-        return first
-    if is_in_place_name(getattr(node.target, "__name__", "")):
-        return first
-    return first if _inplace_position(node) is True else None
+        return str(node.target._schema.name.partition("::")[2])
+    return str(node.target) if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 def is_in_place_name(name: str) -> bool:
     """Whether a method's or function's name is that of an in-place one: `relu_`, not `__add__`."""
-    return name.endswith("_") and not name.endswith("__")
+    return name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_")
 
 
-_INPLACE_INDEX = {"relu": 1, "relu6": 1, "hardtanh": 3, "leaky_relu": 2, "elu": 2, "dropout": 3, "silu": 1, "hardswish": 1}
+def is_told_in_place(node: fx.Node) -> bool:
+    """Whether a function of `torch.nn.functional` gets `inplace=True`, by keyword or by position."""
+    if node.kwargs.get("inplace") is True:
+        return True
+    index = _inplace_positions().get(node.target)
+    return index is not None and index < len(node.args) and node.args[index] is True
 
 
-def _inplace_position(node: fx.Node) -> object:
-    """The positional `inplace` argument of a function of `torch.nn.functional`, or None."""
-    if getattr(node.target, "__module__", None) != "torch.nn.functional":
-        return None
-    index = _INPLACE_INDEX.get(getattr(node.target, "__name__", ""))
-    return node.args[index] if index is not None and index < len(node.args) else None
-
-
-def make_out_of_place(node: fx.Node) -> None:
-    """Change an in-place node to its out-of-place twin, as far as its own spelling tells; modules keep theirs.
-
-    `canonical` spells the rest: it drops the `inplace` arguments of functions and layers, and the underscore of
-    methods and `aten` operators.
-    """
-    if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
-        node.target = _IN_PLACE_OPERATORS[node.target]
+@cache
+def _inplace_positions() -> dict[Any, int]:
+    """Where each function of `torch.nn.functional` takes `inplace`."""
+    positions = {}
+    for function in vars(F).values():
+        if inspect.isfunction(function):
+            parameters = list(inspect.signature(function).parameters)
+            if "inplace" in parameters:
+                positions[function] = parameters.index("inplace")
+    return positions

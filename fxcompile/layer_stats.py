@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompile.errors import FitError, UsageError
-from fxcompile.patches import group_count, input_channels, output_channels, output_rows, weight_matrix, windows
+from fxcompile.patches import chunks, group_count, input_channels, output_channels, output_rows, weight_matrix, windows
 
 CHUNK_BYTES = 64 * 2**20  # patches and outputs that are in memory as float64 at one time
 BLOCK = 512  # the Gram matrix is summed in block rows of its lower triangle: 0.56 of the work at F = 4608
@@ -145,7 +145,7 @@ class LayerStats:
         self.has_outputs = y is not None
         self.precision = max(self.precision, torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps)
         limit = max(1, CHUNK_BYTES // (8 * (self.groups * self.features + self.outputs)))
-        for chunk, outputs, axes in _chunks(
+        for chunk, outputs, axes in chunks(
             view, wanted, leading, limit, self._draw(view, leading, max_rows, generator)
         ):
             self._absorb(chunk, outputs, axes)
@@ -236,10 +236,8 @@ class LayerStats:
         """
         self.require_outputs()
         gram, cross, energy = self.centred()
-        w = grouped(weight, self)
-        drift = torch.einsum("gof,gf->go", w, self.mean_in).flatten() - self.mean_out
-        if bias is not None:
-            drift += bias.detach().to("cpu", torch.float64)
+        w = grouped(weight, self, self.outputs)
+        drift = mean_output(w, bias, self) - self.mean_out
         fit = (w.mT * (gram @ w.mT - cross)).sum(1).flatten()
         rest = energy - (w.mT * cross).sum(1).flatten()
         squares = (fit + rest).clamp(min=0) + self.rows * drift.square()
@@ -254,12 +252,9 @@ class LayerStats:
         gram, _, _ = self.centred()
         w = grouped(weight, self)
         cross = gram @ w.mT
-        mean_out = torch.einsum("gof,gf->go", w, self.mean_in).flatten()
-        if bias is not None:
-            mean_out += bias.detach().to("cpu", torch.float64)
         return dataclasses.replace(
             self,
-            mean_out=mean_out,
+            mean_out=mean_output(w, bias, self),
             has_outputs=True,
             _scatter=gram.clone(),
             _cross=cross,
@@ -306,16 +301,27 @@ class LayerStats:
             raise FitError("no wanted outputs were given with the inputs", mend="use update or with_outputs_of")
 
 
-def grouped(weight: Tensor, stats: LayerStats) -> Tensor:
+def grouped(weight: Tensor, stats: LayerStats, outputs: int | None = None) -> Tensor:
     """A weight [O, ...] that flattens to [O, F], as float64 [groups, O/groups, F].
 
     Raises:
-        FitError: another number of features, or NaN or infinity.
+        FitError: another number of features, or of outputs where that is given, or NaN or infinity.
     """
     check_finite(weight, "weights")
-    if weight.dim() < 2 or weight.flatten(1).shape[1] != stats.features or weight.shape[0] % stats.groups:
+    if weight.dim() < 2 or weight.shape[1:].numel() != stats.features or weight.shape[0] % stats.groups:
         raise FitError(f"a weight of shape {list(weight.shape)} does not fit {stats.features} features per output")
-    return weight.detach().to("cpu", torch.float64).flatten(1).unflatten(0, (stats.groups, -1))
+    if outputs is not None and weight.shape[0] != outputs:
+        raise FitError(f"a weight of shape {list(weight.shape)} does not fit {outputs} wanted outputs")
+    return weight.detach().to("cpu", torch.float64).reshape(stats.groups, -1, stats.features)
+
+
+def mean_output(weight: Tensor, bias: Tensor | None, stats: LayerStats) -> Tensor:
+    """The mean of W x + b, [O], for a weight [groups, O/groups, F] and a bias [O]; None counts as zero."""
+    mean: Tensor = (weight @ stats.mean_in.unsqueeze(2)).flatten()
+    if bias is not None:
+        check_finite(bias, "biases")
+        mean += bias.detach().to("cpu", torch.float64)
+    return mean
 
 
 def check_finite(values: Tensor, name: str) -> None:
@@ -329,26 +335,6 @@ def check_finite(values: Tensor, name: str) -> None:
 
 def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
-
-
-def _chunks(
-    view: Tensor, wanted: Tensor | None, leading: int, limit: int, drawn: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor | None, int]]:
-    """Parts of at most `limit` rows: views with the same leading axes, or, of drawn rows, copies with one."""
-    shape = view.shape[:leading]
-    if drawn is not None:
-        for part in drawn.split(limit):
-            index = torch.unravel_index(part, shape)
-            yield view[index], None if wanted is None else wanted[index], 1
-    elif shape.numel() <= limit:
-        yield view, wanted, leading
-    else:
-        axis = next(axis for axis, size in enumerate(shape) if size > 1)
-        step = max(1, limit * shape[axis] // shape.numel())
-        for start in range(0, shape[axis], step):
-            size = min(step, shape[axis] - start)
-            outputs = None if wanted is None else wanted.narrow(axis, start, size)
-            yield from _chunks(view.narrow(axis, start, size), outputs, leading, limit, None)
 
 
 def _centred_columns(values: Tensor, leading: int, mean: Tensor, before: int) -> tuple[Tensor, Tensor]:

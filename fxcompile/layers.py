@@ -39,45 +39,74 @@ def inherits_forward(kind: type[nn.Module], base: type[nn.Module]) -> bool:
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in names)
 
 
-def is_old_weight_norm(module: nn.Module) -> bool:
-    """Whether all pre-forward hooks are those of `torch.nn.utils.weight_norm` or `spectral_norm`."""
-    hooks = list(module._forward_pre_hooks.values())
-    return bool(hooks) and all(
-        type(hook).__module__ in ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm") for hook in hooks
-    )
+_OLD_NORMS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm")
+"""Modules of `torch` whose forward pre-hooks compute a layer's weight."""
 
 
-def plain_layer(module: nn.Module, name: str) -> nn.Module:
-    """The layer as canonical form has it: a plain class, no parametrisation, not in place, sharing the tensors.
+def weight_hooks(module: nn.Module) -> list[Any]:
+    """The forward pre-hooks that compute the module's weights: `torch.nn.utils.weight_norm` and `spectral_norm`."""
+    return [hook for hook in module._forward_pre_hooks.values() if type(hook).__module__ in _OLD_NORMS]
+
+
+def computes_weights(module: nn.Module) -> bool:
+    """Whether a layer's weights are computed when they are asked for, by a parametrisation or a hook."""
+    return parametrize.is_parametrized(module) or bool(weight_hooks(module))
+
+
+def plain_layer(module: nn.Module, name: str, input_shape: tuple[int, ...] = ()) -> nn.Module:
+    """The layer as canonical form has it: a plain class, no parametrisation or hooks, sharing the tensors.
+
+    Args:
+        module: the model's layer.
+        name: its name, for the error.
+        input_shape: tells which batch norm a `SyncBatchNorm` stands for.
 
     Raises:
         TraceError: the layer is parametrised in a way that no plain layer expresses.
     """
     kind = plain_kind(module)
-    computed = parametrize.is_parametrized(module) or is_old_weight_norm(module)
-    if computed and kind is None:
-        raise TraceError(
-            f"its weights are parametrised and {type(module).__name__} is no plain layer of torch.nn",
-            place=f"layer '{name}'",
-            mend="remove the parametrisation first with torch.nn.utils.parametrize.remove_parametrizations",
-        )
-    if computed:
-        assert kind is not None
-        return _evaluated(module, kind)
-    layer = shallow_copy(module)
-    if kind is not None:
-        layer.__class__ = kind
     if isinstance(module, nn.SyncBatchNorm):
-        layer.__class__ = nn.BatchNorm2d
+        kind = BATCH_NORMS[max(len(input_shape) - 3, 0)]
+    if computes_weights(module):
+        if kind is None:
+            raise TraceError(
+                f"its weights are parametrised and {type(module).__name__} is no plain layer of torch.nn",
+                place=f"layer '{name}'",
+                mend="remove the parametrisation first with torch.nn.utils.parametrize.remove_parametrizations",
+            )
+        layer = _evaluated(module, kind)
+    else:
+        layer = shallow_copy(module)
+        if kind is not None:
+            layer.__class__ = kind
+    for registry in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(layer, registry).clear()  # what they do is in the graph
+    if isinstance(layer, CONVOLUTIONS) and isinstance(layer.padding, str):
+        layer.padding = numeric_padding(layer.padding, layer.kernel_size, layer.dilation)  # type: ignore[assignment]
     if getattr(layer, "inplace", False) is True:
         layer.inplace = False  # type: ignore[assignment]
     return layer
 
 
+def numeric_padding(padding: str, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> str | tuple[int, ...]:
+    """Padding "same" or "valid" in numbers, where it is the same on both sides."""
+    if padding == "valid":
+        return (0,) * len(kernel)
+    total = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+    return padding if any(amount % 2 for amount in total) else tuple(amount // 2 for amount in total)
+
+
+def identity(layer: nn.Module) -> tuple[object, ...]:
+    """What makes two layers the same: class, options, and the very same tensors."""
+    counted = [tensor for name, tensor in layer.named_buffers(recurse=False) if name != "num_batches_tracked"]
+    tensors = tuple(id(tensor) for tensor in (*layer._parameters.values(), *counted))
+    return type(layer), layer.extra_repr(), tensors
+
+
 def shallow_copy(module: nn.Module) -> nn.Module:
     """A module of its own over the same tensors: mode and attributes of one do not reach the other."""
     copied = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+    for registry in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         copied.__dict__[registry] = copy.copy(module.__dict__[registry])
     copied.__dict__["_modules"] = {name: child and shallow_copy(child) for name, child in module._modules.items()}
     return copied
@@ -88,13 +117,13 @@ def _evaluated(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     layer = shallow_copy(module)
     layer.__class__ = kind
     with torch.no_grad():
-        for hook in module._forward_pre_hooks.values():
-            hook(module, ())  # old weight norm computes its weight in the hook
+        hooks = weight_hooks(module)
+        for hook in hooks:
+            hook(module, ())
         names = list(getattr(module, "parametrizations", {}))
-        names += [str(getattr(hook, "name", "weight")) for hook in module._forward_pre_hooks.values()]
+        names += [str(getattr(hook, "name", "weight")) for hook in hooks]
         values = {name: getattr(module, name).detach().clone() for name in names}
     layer._modules.pop("parametrizations", None)
-    layer._forward_pre_hooks.clear()
     for name, value in values.items():
         for left in (name, f"{name}_g", f"{name}_v", f"{name}_orig"):
             layer._parameters.pop(left, None)
@@ -145,11 +174,14 @@ def _convolution(operation: str, weight: Tensor, options: dict[str, Any]) -> nn.
     transposed = operation.startswith("conv_transpose") or bool(options.get("transposed", False))
     groups = options.get("groups", 1)
     padding = options.get("padding", 0)
+    dilation = _broadcast(options.get("dilation", 1), dims)
+    if isinstance(padding, str):
+        padding = numeric_padding(padding, tuple(weight.shape[2:]), dilation)
     common: dict[str, Any] = {
         "kernel_size": tuple(weight.shape[2:]),
         "stride": _broadcast(options.get("stride", 1), dims),
         "padding": padding if isinstance(padding, str) else _broadcast(padding, dims),
-        "dilation": _broadcast(options.get("dilation", 1), dims),
+        "dilation": dilation,
         "groups": groups,
         "device": "meta",
     }

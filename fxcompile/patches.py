@@ -11,6 +11,8 @@ part of the patches (zeros, mirrored, repeated or wrapped values), so borders ar
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +89,8 @@ def _stuffed(layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
     """The input of the ordinary stride-1 convolution that a transposed one equals: zeros between and around."""
     spread = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], layer.stride, strict=True)]
     stuffed = x.new_zeros(*x.shape[:2], *spread)
-    stuffed[(..., *(slice(None, None, step) for step in layer.stride))] = x
+    places: list[Any] = [..., *(slice(None, None, step) for step in layer.stride)]
+    stuffed[tuple(places)] = x
     sides: list[int] = []
     for axis in reversed(range(len(spread))):
         padding = layer.padding[axis]
@@ -105,6 +108,35 @@ def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
     if y.dim() == len(layer.kernel_size) + 1:
         y = y.unsqueeze(0)
     return y.movedim(1, -1)
+
+
+def chunks(
+    view: Tensor, wanted: Tensor | None, leading: int, limit: int, drawn: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+    """Parts of at most `limit` rows, each with the number of its leading axes.
+
+    Args:
+        view: [*rows, ...], as `windows` gives it.
+        wanted: [*rows, O], or None; cut alike.
+        leading: how many axes the rows have.
+        limit: rows in a part, at least 1.
+        drawn: numbers of the rows to take, or None for all. Parts of drawn rows are copies with one leading axis,
+            others are views.
+    """
+    shape = view.shape[:leading]
+    if drawn is not None:
+        for part in drawn.split(limit):
+            index = torch.unravel_index(part, shape)
+            yield view[index], None if wanted is None else wanted[index], 1
+    elif shape.numel() <= limit:
+        yield view, wanted, leading
+    else:
+        axis = next(axis for axis, size in enumerate(shape) if size > 1)
+        step = max(1, limit * shape[axis] // shape.numel())
+        for start in range(0, shape[axis], step):
+            size = min(step, shape[axis] - start)
+            outputs = None if wanted is None else wanted.narrow(axis, start, size)
+            yield from chunks(view.narrow(axis, start, size), outputs, leading, limit, None)
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:

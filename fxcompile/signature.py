@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+
+from fxcompile.calling import ModelCode
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Signature:
             places.append(index)
             where, rest = path[1], path[2:]
             top = parameters[where.idx] if isinstance(where, pytree.SequenceKey) else str(where.key)  # type: ignore[attr-defined]
-            parts = [str(getattr(key, "idx", getattr(key, "key", key))) for key in rest]
+            parts = [str(getattr(key, "idx", getattr(key, "key", getattr(key, "name", key)))) for key in rest]
             name = "_".join([top, *parts])
             name = "".join(char if char.isalnum() or char == "_" else "_" for char in name)
             while name in names:
@@ -74,25 +76,25 @@ class Signature:
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return tuple(args), dict(kwargs)
 
-    def argument_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-        """Names for all arguments of the call, positional ones first."""
-        return (*self.parameters[: len(args)], *kwargs)
+    def set_convention(self, graph: fx.Graph) -> None:
+        """Let a graph with flat placeholders be called as the model is: nested arguments, and those that are fixed."""
+        paths, _ = pytree.tree_flatten_with_path(self.call(self.tensors))
+        parts: dict[str, str] = {}
+        fixed: dict[str, Any] = {}
+        names = iter(self.names)
+        for (path, leaf), place in zip(paths, range(len(self._leaves)), strict=True):
+            expression = self._parameter(path) + "".join(_access(key) for key in path[2:])
+            if place in self._places:
+                parts[next(names)] = expression
+            elif len(path) == 2:
+                fixed[expression] = leaf
+        graph.set_codegen(ModelCode(self.parameters, parts, fixed))
 
     def keep(self, placeholders: Sequence[fx.Node]) -> list[fx.Node]:
         """Those placeholders of an exported graph that are tensors here; others were fixed by the example."""
-        return [placeholders[place] for place in self._places] if len(placeholders) == len(self._leaves) else [*placeholders]
-
-    def convention(self, module: fx.GraphModule) -> None:
-        """Let a graph module with flat placeholders be called as the model is, where that is not flat already."""
-        args, kwargs = self.call(self.tensors)
-        flat = all(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
-        if flat and len(args) + len(kwargs) == len(self.tensors):
-            return
-        _, tensors_only = pytree.tree_flatten(self.call([0] * len(self.tensors)))
-        if len(self._leaves) != len(self.tensors):
-            return  # arguments that are no tensors were fixed; the program is called with the tensors alone
-        info = fx.graph._PyTreeInfo([*self.parameters[: len(args)], *kwargs], tensors_only, None)
-        module.graph.set_codegen(fx.graph._PyTreeCodeGen(info))
+        if len(placeholders) != len(self._leaves):
+            return [*placeholders]
+        return [placeholders[place] for place in self._places]
 
     def restore_output(self, output: fx.Node, exported: ExportedProgram) -> None:
         """Give an exported graph's flat output the nesting that the model returns."""
@@ -100,6 +102,10 @@ class Signature:
         flat = output.args[0]
         if spec is not None and isinstance(flat, (tuple, list)):
             output.args = (plain_containers(pytree.tree_unflatten(list(flat), spec)),)
+
+    def _parameter(self, path: Sequence[Any]) -> str:
+        where = path[1]
+        return self.parameters[where.idx] if isinstance(where, pytree.SequenceKey) else str(where.key)
 
     def describe(self) -> str:
         """The shapes and dtypes of the example tensors, for messages."""
@@ -130,8 +136,53 @@ def parameter_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return (*names, *kwargs)
 
 
+def _access(key: Any) -> str:
+    """How Python gets at one part of a container."""
+    if isinstance(key, pytree.SequenceKey):
+        return f"[{key.idx}]"
+    if isinstance(key, pytree.MappingKey):
+        return f"[{key.key!r}]"
+    return f".{key.name}"
+
+
+def output_names(output: Any) -> tuple[str, ...]:
+    """Names for all tensors of an output: the keys or fields it has, else `output`, `output_0`, `output_1`, ..."""
+    if isinstance(output, Tensor):
+        return ("output",)
+    unique: dict[str, None] = {}
+    for name, _ in _named(output, ""):
+        clean = "".join(char if char.isalnum() or char in "_.:/-" else "_" for char in name)
+        while clean in unique:
+            clean += "_"
+        unique[clean] = None
+    return tuple(unique)
+
+
+def _named(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield prefix, value
+        return
+    if isinstance(value, Mapping):
+        items = [(str(key), item) for key, item in value.items()]
+    elif hasattr(value, "_fields"):
+        items = [(name, getattr(value, name)) for name in value._fields]
+    elif is_dataclass(value):
+        items = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    elif isinstance(value, (tuple, list)):
+        items = [(f"output_{index}" if not prefix else str(index), item) for index, item in enumerate(value)]
+        if len(items) == 1 and not prefix:
+            items = [("output", value[0])]
+    else:
+        return
+    for name, item in items:
+        yield from _named(item, f"{prefix}_{name}" if prefix else name)
+
+
 def plain_containers(value: Any) -> Any:
-    """Tuples, lists and dicts in place of their subclasses, which a graph's output cannot hold."""
+    """Tuples, lists and dicts in place of their subclasses and of dataclasses, which a graph's output cannot hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+        value = {key: item for key, item in value.items() if item is not None}
     if isinstance(value, dict):
         return {str(key): plain_containers(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):

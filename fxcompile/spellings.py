@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
+_MAX_POOL = "kernel_size stride padding dilation ceil_mode return_indices"
+_AVG_POOL = "kernel_size stride padding ceil_mode count_include_pad divisor_override"
+
 STATELESS: dict[str, tuple[type[nn.Module], str]] = {
     # activations
     "relu": (nn.ReLU, "inplace"),
     "relu6": (nn.ReLU6, "inplace"),
     "hardtanh": (nn.Hardtanh, "min_val max_val inplace"),
     "leaky_relu": (nn.LeakyReLU, "negative_slope inplace"),
+    "rrelu": (nn.RReLU, "lower upper training inplace"),
     "elu": (nn.ELU, "alpha inplace"),
     "selu": (nn.SELU, "inplace"),
     "celu": (nn.CELU, "alpha inplace"),
@@ -30,32 +34,27 @@ STATELESS: dict[str, tuple[type[nn.Module], str]] = {
     "sigmoid": (nn.Sigmoid, ""),
     "tanh": (nn.Tanh, ""),
     "softplus": (nn.Softplus, "beta threshold"),
-    "softsign": (nn.Softsign, ""),
     "logsigmoid": (nn.LogSigmoid, ""),
     "log_sigmoid": (nn.LogSigmoid, ""),
-    "tanhshrink": (nn.Tanhshrink, ""),
     "softshrink": (nn.Softshrink, "lambd"),
     "hardshrink": (nn.Hardshrink, "lambd"),
     "threshold": (nn.Threshold, "threshold value inplace"),
     "glu": (nn.GLU, "dim"),
     "softmax": (nn.Softmax, "dim"),
     "log_softmax": (nn.LogSoftmax, "dim"),
-    "softmin": (nn.Softmin, "dim"),
     # pools
-    "max_pool1d": (nn.MaxPool1d, "kernel_size stride padding dilation ceil_mode return_indices"),
-    "max_pool2d": (nn.MaxPool2d, "kernel_size stride padding dilation ceil_mode return_indices"),
-    "max_pool3d": (nn.MaxPool3d, "kernel_size stride padding dilation ceil_mode return_indices"),
+    "max_pool1d": (nn.MaxPool1d, _MAX_POOL),
+    "max_pool2d": (nn.MaxPool2d, _MAX_POOL),
+    "max_pool3d": (nn.MaxPool3d, _MAX_POOL),
     "avg_pool1d": (nn.AvgPool1d, "kernel_size stride padding ceil_mode count_include_pad"),
-    "avg_pool2d": (nn.AvgPool2d, "kernel_size stride padding ceil_mode count_include_pad divisor_override"),
-    "avg_pool3d": (nn.AvgPool3d, "kernel_size stride padding ceil_mode count_include_pad divisor_override"),
+    "avg_pool2d": (nn.AvgPool2d, _AVG_POOL),
+    "avg_pool3d": (nn.AvgPool3d, _AVG_POOL),
     "adaptive_avg_pool1d": (nn.AdaptiveAvgPool1d, "output_size"),
     "adaptive_avg_pool2d": (nn.AdaptiveAvgPool2d, "output_size"),
     "adaptive_avg_pool3d": (nn.AdaptiveAvgPool3d, "output_size"),
     "adaptive_max_pool1d": (nn.AdaptiveMaxPool1d, "output_size return_indices"),
     "adaptive_max_pool2d": (nn.AdaptiveMaxPool2d, "output_size return_indices"),
     "adaptive_max_pool3d": (nn.AdaptiveMaxPool3d, "output_size return_indices"),
-    "lp_pool1d": (nn.LPPool1d, "norm_type kernel_size stride ceil_mode"),
-    "lp_pool2d": (nn.LPPool2d, "norm_type kernel_size stride ceil_mode"),
     # dropout; `training` says only in which mode the model was traced
     "dropout": (nn.Dropout, "p training inplace"),
     "dropout1d": (nn.Dropout1d, "p training inplace"),
@@ -64,16 +63,24 @@ STATELESS: dict[str, tuple[type[nn.Module], str]] = {
     "feature_dropout": (nn.Dropout2d, "p training inplace"),
     "alpha_dropout": (nn.AlphaDropout, "p training inplace"),
     "feature_alpha_dropout": (nn.FeatureAlphaDropout, "p training inplace"),
-    # rearrangements and normalisation without weights
+    # rearrangements
     "pixel_shuffle": (nn.PixelShuffle, "upscale_factor"),
     "pixel_unshuffle": (nn.PixelUnshuffle, "downscale_factor"),
     "channel_shuffle": (nn.ChannelShuffle, "groups"),
-    "local_response_norm": (nn.LocalResponseNorm, "size alpha beta k"),
 }
 """Operations without weights that become a layer: its class, and the operation's arguments after the input."""
 
 LAYER_ONLY_ARGUMENTS = {"inplace", "training"}
 """Arguments in those lists that say how to run, not what to compute; a canonical layer does not take them."""
+
+WITH_INDICES = {f"{kind}_pool{d}d_with_indices": f"{kind}_pool{d}d" for kind in ("max", "adaptive_max") for d in (1, 2, 3)}
+"""Pools that also return where each maximum was, by `aten`'s name; `torch.nn` has an argument for it."""
+
+RANDOM_IN_TRAINING = {name for name, (_, arguments) in STATELESS.items() if "training" in arguments.split()}
+"""Operations that draw random numbers unless `training` is False."""
+
+TRAINING_BY_DEFAULT = RANDOM_IN_TRAINING - {"rrelu", "alpha_dropout", "feature_alpha_dropout"}
+"""Those of `torch.nn.functional` that do so if they are not told."""
 
 WEIGHTED: dict[str, str] = {
     "conv1d": "weight bias stride padding dilation groups",
@@ -92,8 +99,21 @@ WEIGHTED: dict[str, str] = {
     "layer_norm": "normalized_shape weight bias eps cudnn_enabled",
     "rms_norm": "normalized_shape weight eps",
     "prelu": "weight",
+    "_native_batch_norm_legit_no_training": "weight bias running_mean running_var momentum eps",
+    "native_layer_norm": "normalized_shape weight bias eps",
+    "native_group_norm": "weight bias batch channels positions num_groups eps",
 }
 """Operations that take weights: their arguments after the input. `functional.` marks another order there."""
+
+NATIVE_NORMS = {
+    "_native_batch_norm_legit_no_training": "batch_norm",
+    "native_layer_norm": "layer_norm",
+    "native_group_norm": "group_norm",
+}
+"""Functionalised norms of `aten`, which return (output, mean, rstd); the layer gives the output alone."""
+
+TENSOR_ARGUMENTS = ("weight", "bias", "running_mean", "running_var")
+"""Arguments of those operations that are weights or statistics."""
 
 ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add,
@@ -113,44 +133,103 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "negative": operator.neg,
     "eq": operator.eq,
     "ne": operator.ne,
+    "not_equal": operator.ne,
     "lt": operator.lt,
+    "less": operator.lt,
     "le": operator.le,
+    "less_equal": operator.le,
     "gt": operator.gt,
+    "greater": operator.gt,
     "ge": operator.ge,
-    "iadd": operator.add,
-    "isub": operator.sub,
-    "imul": operator.mul,
-    "itruediv": operator.truediv,
+    "greater_equal": operator.ge,
+    "and_": operator.and_,
+    "__and__": operator.and_,
+    "bitwise_and": operator.and_,
+    "or_": operator.or_,
+    "__or__": operator.or_,
+    "bitwise_or": operator.or_,
+    "xor": operator.xor,
+    "__xor__": operator.xor,
+    "bitwise_xor": operator.xor,
+    "invert": operator.invert,
+    "bitwise_not": operator.invert,
 }
 """Elementwise arithmetic: spelled as Python's operators, which take tensors and numbers on both sides."""
 
-SAME_FUNCTION: dict[str, Callable[..., Any]] = {
-    "matmul": torch.matmul,
-    "bmm": torch.matmul,
-    "mm": torch.matmul,
-    "pow": torch.pow,
-    "absolute": torch.abs,
-    "clip": torch.clamp,
-    "concat": torch.cat,
-    "concatenate": torch.cat,
-    "swapaxes": torch.transpose,
-    "swapdims": torch.transpose,
-    "expand_as": torch.Tensor.expand_as,
+COMMUTATIVE = {operator.add, operator.mul, operator.and_, operator.or_, operator.xor}
+"""Operators whose operands may change places: a number comes second."""
+
+ALIASES: dict[str, str] = {
+    "absolute": "abs",
+    "bmm": "matmul",
+    "mm": "matmul",
+    "clip": "clamp",
+    "arccos": "acos",
+    "arcsin": "asin",
+    "arctan": "atan",
+    "arctan2": "atan2",
+    "fix": "trunc",
+    "linalg_norm": "norm",
+    "unsafe_chunk": "chunk",
+    "unsafe_split": "split",
+    "unsafe_split_with_sizes": "split",
+    "split_with_sizes": "split",
+    "concat": "cat",
+    "concatenate": "cat",
+    "special_expit": "sigmoid",
+    "expit": "sigmoid",
+    "special_erf": "erf",
+    "vector_norm": "linalg_vector_norm",
+    "broadcast_to": "expand",
+    "grid_sampler": "grid_sample",
+    "grid_sampler_2d": "grid_sample",
+    "grid_sampler_3d": "grid_sample",
+    "affine_grid_generator": "affine_grid",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "moveaxis": "movedim",
+    "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
+    "_adaptive_avg_pool2d": "adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d": "adaptive_avg_pool3d",
+    "_unsafe_view": "reshape",
+    "view": "reshape",
+    "view_copy": "reshape",
+    "sym_size": "size",
+    "_to_copy": "to",
+    "index_put_impl": "index_put",
 }
-"""Other functions that go by several names."""
+"""Names of the same operation with the same arguments."""
 
-ALIKE = frozenset("""
-    abs exp log log2 log10 log1p expm1 sqrt rsqrt square reciprocal sign sin cos tan asin acos atan atan2 sinh cosh erf
-    floor ceil round trunc clamp clamp_min clamp_max minimum maximum where stack einsum outer cross baddbmm topk sort
-    argmax argmin argsort max min prod std var norm gather scatter scatter_add index_select index_add take_along_dim
-    masked_fill logical_and logical_or logical_not isnan isinf isfinite tile roll flip tril triu all any logsumexp
-    cumprod lerp addcmul addcdiv nan_to_num zeros_like ones_like full_like movedim unflatten repeat_interleave
+IDENTITIES = frozenset("""
+    contiguous alias lift_fresh_copy lift_fresh lift clone detach requires_grad cpu pin_memory positive
 """.split())
-"""Functions that are `torch.NAME` with the same arguments in the same order, whether a method, an `aten` operator or
-a function."""
-
-IDENTITIES = {"contiguous", "alias", "lift_fresh_copy", "lift_fresh", "clone", "requires_grad", "lift"}
 """Operations that only say how a tensor lies in memory; nothing works in place, so a copy is the tensor itself."""
 
-DROPPED = {"_assert", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range_for_size"}
+DROPPED = frozenset("""
+    _assert _assert_async _assert_scalar _assert_tensor_metadata sym_constrain_range_for_size sym_constrain_range
+""".split())
 """Checks at run time that compute nothing."""
+
+RANDOM = frozenset("""
+    rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like uniform random
+    exponential geometric cauchy log_normal new_random gumbel_softmax native_dropout
+""".split())
+"""Operations that draw random numbers."""
+
+CREATION = frozenset("zeros ones full empty arange linspace eye zeros_like ones_like full_like".split())
+"""Operations that make a tensor from numbers."""
+
+DTYPE_METHODS: dict[str, torch.dtype] = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int": torch.int32,
+    "long": torch.int64,
+    "short": torch.int16,
+    "char": torch.int8,
+    "byte": torch.uint8,
+    "bool": torch.bool,
+}
+"""Methods that are `to(dtype)`."""

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompile import emission, onnxfile
+from fxcompile import emission, onnxfile, simplifying
 from fxcompile.errors import EmitError, UsageError, WriteError
 from fxcompile.manager import PassManager, Result
 from fxcompile.tracing import trace
@@ -170,8 +170,8 @@ def test_a_weaker_simplification_steps_in_and_is_noted(tmp_path: Path, monkeypat
 def test_opaque_weights_and_external_data_give_the_same_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    monkeypatch.setattr(emission, "OPAQUE_BYTES", 0)
-    monkeypatch.setattr(emission, "SMALL_BYTES", 64)
+    monkeypatch.setattr(simplifying, "OPAQUE_BYTES", 0)
+    monkeypatch.setattr(simplifying, "SMALL_BYTES", 64)
     write = onnxfile.write_onnx
     monkeypatch.setattr(emission, "write_onnx", lambda file, path: write(file, path, limit=limit))
     path = tmp_path / "m.onnx"

@@ -4,7 +4,8 @@
 
 Accuracy and latency are measured in ONNX Runtime on the CPU, the two files in turn, so that whatever else the machine
 does slows both. Multiply-accumulates and parameters come from fxcompile's JSON report of AFTER. The exit code is 1,
-with one line that says why, where accuracy falls by more than a point, or MACs or latency do not fall.
+with one line that says why, where accuracy falls by more than a point, or multiply-accumulates do not fall, or
+latency does not fall clearly: in the median, and in two thirds of the pairs of runs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 ALLOWED_LOSS = 0.01
+FEWEST_PAIRS = 60
+CLEAR_SHARE = 2 / 3
+"""A latency has fallen where AFTER is quicker in this share of the pairs too: on a busy machine the median alone may
+differ by a tenth between two runs of one file, but chance reaches this share of 60 pairs in fewer than 1 of 100."""
 WARM_UP = 5
 
 
@@ -72,20 +77,30 @@ def read_data(path: Path) -> Data:
         return Data(names[0], arrays[names[0]], arrays["labels"])
 
 
-def latencies(networks: tuple[Network, Network], data: Data, batch: int, seconds: float) -> tuple[float, float, int]:
-    """The median seconds of one run of each network, run in turn for so many seconds, and the number of runs."""
+@dataclass
+class Latency:
+    """Median seconds of one run of each network, the number of pairs, and the share in which the second was quicker."""
+
+    before: float
+    after: float
+    pairs: int
+    share: float
+
+
+def latency(networks: tuple[Network, Network], data: Data, batch: int, seconds: float) -> Latency:
+    """Both networks run in turn, each first in every other pair, for so many seconds."""
     images = np.ascontiguousarray(data.images[:batch])
     for network in networks * WARM_UP:
         network(data.name, images)
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 20:
-        order = (0, 1) if len(times[0]) % 2 else (1, 0)
-        for which in order:
+    while time.perf_counter() < end or len(times[0]) < FEWEST_PAIRS:
+        for which in (0, 1) if len(times[0]) % 2 else (1, 0):
             started = time.perf_counter()
             networks[which](data.name, images)
             times[which].append(time.perf_counter() - started)
-    return median(times[0]), median(times[1]), len(times[0])
+    quicker = sum(new < old for old, new in zip(*times, strict=True))
+    return Latency(median(times[0]), median(times[1]), len(times[0]), quicker / len(times[0]))
 
 
 def compare(before: Network, after: Network, data: Data, report: dict[str, Any], options: argparse.Namespace) -> int:
@@ -108,20 +123,25 @@ def compare(before: Network, after: Network, data: Data, report: dict[str, Any],
             f"accuracy falls from {right[0]:.1%} to {right[1]:.1%}, by more than {ALLOWED_LOSS * 100:.0f} point"
         )
 
-    def add(what: str, old: float, new: float, form: str, *, must_fall: bool = False) -> None:
+    def add(what: str, old: float, new: float, form: str = "{:,}") -> None:
         table.add_row(what, form.format(old), form.format(new), f"{new / old - 1:+.0%}")
-        if must_fall and new >= old:
-            faults.append(f"{what} does not fall ({form.format(old)} before, {form.format(new)} after)")
 
     macs, parameters = ((report["before"][key], report["after"][key]) for key in ("macs", "parameters"))
-    add("multiply-accumulates for one image", *macs, "{:,}", must_fall=True)
-    add("parameters", *parameters, "{:,}")
-    add("bytes on disk", before.bytes(), after.bytes(), "{:,}")
+    add("multiply-accumulates for one image", *macs)
+    if macs[1] >= macs[0]:
+        faults.append(f"multiply-accumulates do not fall ({macs[0]:,} before, {macs[1]:,} after)")
+    add("parameters", *parameters)
+    add("bytes on disk", before.bytes(), after.bytes())
     runs = []
     for batch in options.batch:
-        old, new, count = latencies((before, after), data, batch, options.seconds)
-        runs.append(f"{count}")
-        add(f"latency, batch {batch}", old * 1e3, new * 1e3, "{:.3f} ms", must_fall=True)
+        timed = latency((before, after), data, batch, options.seconds)
+        runs.append(f"{timed.pairs:,}")
+        add(f"latency, batch {batch}", timed.before * 1e3, timed.after * 1e3, "{:.3f} ms")
+        if timed.after >= timed.before or timed.share < CLEAR_SHARE:
+            faults.append(
+                f"latency at batch {batch} does not clearly fall ({timed.before * 1e3:.3f} ms before, "
+                f"{timed.after * 1e3:.3f} ms after, quicker in {timed.share:.0%} of the runs)"
+            )
     table.caption = (
         f"ONNX Runtime {onnxruntime.__version__} on the CPU, intra_op threads: {options.threads}; "
         f"latency: median of {' and '.join(runs)} runs of each, in turn"

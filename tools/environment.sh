@@ -105,7 +105,7 @@ _why_pip_failed() {
 _install() {
     local name=$1 what=$2
     shift 2
-    say "installing $what into .venv"
+    say "installing $what into .venv (the first time, this takes minutes)"
     rm -f -- "$venv/$name.installed"
     : >"$venv/installing"
     if (cd -- "$root" && "$python" -m pip install --constraint tools/constraints.txt "$@" </dev/null >"$log" 2>&1); then
@@ -114,7 +114,8 @@ _install() {
         return
     fi
     grep -q '^Installing collected packages' "$log" || rm -f -- "$venv/installing"
-    fail "pip could not install $what: $(_why_pip_failed) and run this again; log: $log"
+    if grep -q '^ERROR: Operation cancelled' "$log"; then fail "setting up .venv was interrupted; run this again"; fi
+    fail "pip could not install $what: $(_why_pip_failed), and run this again; log: $log"
 }
 
 make_environment() {
@@ -123,9 +124,9 @@ make_environment() {
     _make_venv
     if ! _installed "$1"; then
         if [[ $1 == project ]]; then
-            _install project "fxcompile (takes minutes the first time)" --editable .
+            _install project "fxcompile" --editable .
         else
-            _install "$1" "fxcompile and its extra $1 (takes minutes the first time)" --editable ".[$1]"
+            _install "$1" "fxcompile and its extra $1" --editable ".[$1]"
             cp -- "$venv/$1.installed" "$venv/project.installed"
         fi
     fi

@@ -1,0 +1,89 @@
+"""From a program to an ONNX model in memory, by `torch.onnx.export`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompile.errors import EmitError
+from fxcompile.program import Program, flatten_tensors
+from fxcompile.tracing import one_line, quiet_torch
+
+
+class _Flat(nn.Module):
+    """The program with flat tensors in and out; node meta reaches the exported nodes."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.program = module
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.fx.traceback.preserve_node_meta():
+            value = fx.Interpreter(self.program).run(*inputs, enable_io_processing=False)
+        taken: set[int] = {id(tensor) for tensor in inputs}
+        outputs = []
+        for tensor in flatten_tensors(value):
+            # An output that is an input, or another output, needs a value of its own to carry its name.
+            outputs.append(tensor.clone() if id(tensor) in taken else tensor)
+            taken.add(id(tensor))
+        return tuple(outputs)
+
+
+_NAME = "fxcompile.node"
+
+
+def export(program: Program, opset: int | None) -> Any:
+    """The program as an `onnx_ir` model, each node naming the program's node that it comes from.
+
+    Raises:
+        EmitError: an operation has no ONNX form.
+    """
+    module = program.snapshot().module
+    for node in module.graph.nodes:
+        node.meta["custom"] = {_NAME: node.name}
+    examples, dims = [], []
+    for spec, example in zip(program.inputs, program.examples, strict=True):
+        free = set(spec.dynamic_axes) | ({spec.batch_axis} if spec.batch_axis is not None else set())
+        for axis in free:
+            if example.shape[axis] == 1:  # torch.export takes a size of 1 for a constant
+                example = torch.cat([example, example], axis)
+        examples.append(example)
+        dims.append(dict.fromkeys(sorted(free), torch.export.Dim.DYNAMIC) or None)
+    names = [spec.name for spec in program.inputs]
+    outputs = [name if name not in names else f"{name}_out" for name in program.output_names]
+    with warnings.catch_warnings(), quiet_torch(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            exported = torch.export.export(_Flat(module), tuple(examples), dynamic_shapes=(tuple(dims),), strict=False)
+            for node in exported.graph.nodes:
+                name = (node.meta.get("custom") or {}).get(_NAME)
+                if name is not None:
+                    node.meta["nn_module_stack"] = {name: (name, _NAME)}
+            made = torch.onnx.export(
+                exported, dynamo=True, input_names=names, output_names=outputs, opset_version=opset, verbose=False,
+                optimize=False,
+            )  # fmt: skip
+        except Exception as error:
+            raise EmitError(
+                f"torch.onnx cannot export the network: {reason_of(error)}",
+                mend="replace that operation, or pass --dynamic none if it is about a size",
+            ) from error
+    assert made is not None
+    return made.model
+
+
+def reason_of(error: BaseException) -> str:
+    """The sentence in a chain of exporter errors that says what it choked on."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for item in reversed(chain):
+        text = one_line(item)
+        if text and "step" not in text.lower()[:12]:
+            return text
+    return one_line(error)

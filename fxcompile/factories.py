@@ -1,0 +1,123 @@
+"""The user's own architecture, from the text of `--model`; importing it runs the user's code, by design."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from fxcompile.errors import ReadError, UsageError
+from fxcompile.filekinds import one_line
+
+_FORM = "write --model MODULE:FACTORY or path/to/file.py:FACTORY"
+
+
+def make_module(factory: str) -> nn.Module:
+    """The module that the factory returns, from `package.module:function_or_class` or `path/to/file.py:name`.
+
+    Raises:
+        UsageError: the text names nothing that can be called.
+        ReadError: the user's code raises, or returns no nn.Module.
+    """
+    where, separator, name = factory.rpartition(":")
+    if not separator or not where or not all(part.isidentifier() for part in name.split(".")):
+        raise UsageError(f"--model '{factory}' is not of the form MODULE:FACTORY", mend=_FORM)
+    is_file = where.endswith(".py")
+    folder = str(Path(where).absolute().parent) if is_file else os.getcwd()
+    with importable(folder), contextlib.redirect_stdout(sys.stderr):
+        target: Any = _import_file(Path(where)) if is_file else _import(where)
+        for part in name.split("."):
+            if not hasattr(target, part):
+                raise UsageError(f"'{where}' has no '{name}'", place="--model", mend=_candidates(target))
+            target = getattr(target, part)
+        return _call(target, factory)
+
+
+@contextlib.contextmanager
+def importable(folder: str) -> Iterator[None]:
+    """A folder first on `sys.path`, as `python -m` has it; afterwards last, for what is imported later."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def _import(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UsageError(f"--model '{name}' names no module", mend=_FORM)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UsageError(
+                f"there is no module '{error.name}'", place="--model", mend="run from its folder, or name its .py file"
+            ) from None
+        raise _raised(f"importing '{name}'", error) from None
+    except (Exception, SystemExit) as error:
+        raise _raised(f"importing '{name}'", error) from None
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f"there is no file '{path}'", place="--model", mend="check the path")
+    # A name that is taken stays whose it is: torch.py in the user's folder must not replace torch.
+    name = path.stem if path.stem not in sys.modules and path.stem.isidentifier() else f"fxcompile_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"'{path}' cannot be imported", place="--model", mend=_FORM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise _raised(f"importing '{path}'", error) from None
+    return module
+
+
+def _call(target: Any, factory: str) -> nn.Module:
+    if isinstance(target, nn.Module):
+        return target
+    if not callable(target):
+        raise UsageError(f"'{factory}' is a {type(target).__name__}, not a function or class", mend=_FORM)
+    try:
+        module = target()
+    except (Exception, SystemExit) as error:
+        raise _raised(f"calling '{factory}()'", error) from None
+    if not isinstance(module, nn.Module):
+        raise ReadError(
+            f"'{factory}' returns a {type(module).__name__}, not an nn.Module",
+            place="--model",
+            mend="name a function or class that makes the module without arguments",
+        )
+    return module
+
+
+def _raised(doing: str, error: BaseException) -> ReadError:
+    mend = "mend the model's code"
+    if isinstance(error, TypeError) and "argument" in str(error):
+        mend = "name a function that makes the module without arguments"
+    if isinstance(error, ModuleNotFoundError):
+        mend = f"install '{error.name}' or run where it can be imported"
+    return ReadError(f"{doing} raised {one_line(error)}", place="--model", mend=mend)
+
+
+def _candidates(module: Any) -> str:
+    own = [
+        name
+        for name, item in vars(module).items()
+        if isinstance(item, type) and issubclass(item, nn.Module) and item.__module__ == getattr(module, "__name__", "")
+    ]
+    return f"it has {', '.join(own[:5])}" if own else _FORM

@@ -1,0 +1,276 @@
+"""One run of a pipeline: each pass's sites rewritten, fitted and checked one by one, then the network as a whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxcompile.calibration import Calibration, InputSpec
+from fxcompile.contracts import Exact, tolerance
+from fxcompile.cost import nodes_cost, program_cost, samples
+from fxcompile.errors import ContractError, FitError, RewriteError
+from fxcompile.program import Program, dtype_of, shape_of
+from fxcompile.report import PassReport, Report, SiteReport
+from fxcompile.rewriting import Pass, Replacement, Site, Skip, describe_layer
+from fxcompile.sitedata import SiteData, full_batches, synthetic_batch
+from fxcompile.splice import Splicer, finish, fragment_of, region_inputs, run_region, run_replacement
+from fxcompile.verification import Broken, Case, Inputs, cases, compare, compare_programs, draw, search
+
+Verify = Literal["raise", "rollback", "off"]
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+SITE_CASES = 3
+"""Drawn inputs for each exact site, beside those for the whole network."""
+
+
+@dataclass
+class Run:
+    """The state of one run: the program as it is now, and the original that it is held against."""
+
+    original: Program
+    program: Program
+    data: Calibration | None
+    inputs: Inputs
+    record: Report
+    seed: int
+    verify: Verify
+    examples: int
+    progress: Progress
+    references: dict[Case, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def apply(self, pass_: Pass) -> PassReport:
+        """Run one pass; what it breaks is raised or rolled back."""
+        started = time.perf_counter()
+        report = PassReport(str(pass_), pass_.promise.name, before=program_cost(self.program))
+        snapshot = self.program.snapshot()
+        report.sites = self._rewrite(pass_)
+        kept = [site.name for site in report.sites if site.outcome == "kept"]
+        broken = self._verify(pass_, snapshot, report) if kept else None
+        if broken is not None:
+            self._roll_back(pass_, snapshot, report, kept, broken)
+        if not any(site.outcome == "kept" for site in report.sites) and report.outcome == "kept":
+            report.outcome = "left"
+        report.after = program_cost(self.program)
+        report.seconds = time.perf_counter() - started
+        return report
+
+    # rewriting
+
+    def _rewrite(self, pass_: Pass, limit: int | None = None) -> list[SiteReport]:
+        """Rewrite all sites in the order of the data, or until `limit` of them were kept."""
+        found = [item for item in pass_.sites(self.program) if pass_.selects(item.name)]
+        sites = [item for item in found if isinstance(item, Site)]
+        data = None
+        if sites and not isinstance(pass_.promise, Exact):
+            order = {node: index for index, node in enumerate(self.program.graph.nodes)}
+            sites.sort(key=lambda site: order[site.node])
+            data = SiteData.of(self.program, self.original, self.data, sites, self.seed)
+            if data.note is not None and data.note not in self.record.notes:
+                self.record.notes.append(data.note)
+        splicer = Splicer(self.program)
+        most = 2 if self.program.batch_is_free else 1
+        local = draw(cases(self.inputs.kinds(), most), SITE_CASES, self.seed)
+        reports = {
+            id(item): SiteReport(item.name, "left", reason=item.reason) for item in found if isinstance(item, Skip)
+        }
+        kept = 0
+        for index, site in enumerate(sites):
+            self.progress(pass_.name, index, len(sites))
+            if limit is not None and kept >= limit:
+                break
+            report = reports[id(site)] = self._rewrite_site(pass_, site, splicer, data, local)
+            kept += report.outcome == "kept"
+        finish(self.program)
+        return [reports[id(item)] for item in found if id(item) in reports]
+
+    def _rewrite_site(
+        self, pass_: Pass, site: Site, splicer: Splicer, data: SiteData | None, local: Sequence[Case]
+    ) -> SiteReport:
+        started = time.perf_counter()
+        report = SiteReport(site.name, "left", reason=splicer.obstacle(site) or "")
+        try:
+            if not report.reason:
+                self._try_site(pass_, site, splicer, data, local, report)
+        except _RolledBack as rolled_back:
+            report.outcome, report.reason = "rolled back", str(rolled_back)
+        except FitError as error:
+            report.reason = f"it could not be fitted: {error.problem}"
+        report.seconds = time.perf_counter() - started
+        return report
+
+    def _try_site(
+        self,
+        pass_: Pass,
+        site: Site,
+        splicer: Splicer,
+        data: SiteData | None,
+        local: Sequence[Case],
+        report: SiteReport,
+    ) -> None:
+        """Rewrite, fit and check a site; splice it in if it keeps the pass's contract and the user's limits."""
+        if data is not None:
+            site = site.with_pairs(data.fit_pairs(site))
+        replacement = pass_.rewrite(site)
+        batch = samples(self.program)
+        report.before = nodes_cost(self.program.module, site.nodes, batch)
+        fragment = fragment_of(site, replacement)
+        report.after = nodes_cost(fragment.root, fragment.nodes, batch)
+        saving = 1 - report.after.macs / report.before.macs if report.before.macs else 0.0
+        if pass_.min_saving is not None and saving < pass_.min_saving:
+            report.reason = f"it would save {saving:.0%} of its MACs, below min_saving={pass_.min_saving:g}"
+            return
+        if data is not None:
+            replacement, report.error = data.fit(site, replacement)
+            if pass_.max_error is not None and report.error > pass_.max_error:
+                report.reason = f"its error {report.error:.3g} is above max_error={pass_.max_error:g}"
+                return
+            fragment = fragment_of(site, replacement)
+        elif self.examples:
+            self._check_exact(pass_, site, local)
+        following = site.nodes[-1].next
+        stands_here = data is not None and data.walk.next in site.nodes
+        made = splicer.replace(site, fragment)
+        if data is not None and stands_here:
+            data.walk.resume_at(made[0] if made else following)
+        report.outcome, report.change = "kept", describe_change(site, replacement)
+
+    # verification
+
+    def _check_exact(self, pass_: Pass, site: Site, local: Sequence[Case]) -> None:
+        """Hold a site's replacement against the site in float64, both made from weights that were cast before."""
+        double = site.double()
+        with torch.no_grad():
+            replacement = pass_.rewrite(double)
+        if not isinstance(replacement, nn.Module):
+            replacement = [module.double() for module in replacement]
+        else:
+            replacement = replacement.double()
+        specs, examples = site_inputs(site, self.program.batch_is_free)
+        inputs = Inputs(specs, examples)
+
+        def check(case: Case) -> None:
+            tensors = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs.make(case)]
+            with torch.no_grad():
+                wanted = run_region(double, tensors)
+                given = run_replacement(replacement, tensors)
+            compare(given, wanted, tolerance(torch.float64), site.name)
+
+        for case in local:
+            try:
+                check(case)
+            except Broken:
+                found = search(check, cases(inputs.kinds(), case.samples), 20, self.seed) or (case, "")
+                raise self._contract_error(pass_, site.name, *found) from None
+
+    def _contract_error(self, pass_: Pass, site: str, case: Case, evidence: str) -> Exception:
+        problem = (
+            f"pass '{pass_.name}' breaks its contract ({pass_.promise.name.lower()}) there: {evidence}; "
+            f"the smallest input found is {case}"
+        )
+        if self.verify == "rollback":
+            return _RolledBack(problem)
+        mend = f"leave the layer out with {pass_.name}(skip={site}), or pass --verify rollback"
+        return ContractError(problem, place=f"layer '{site}'", mend=mend)
+
+    def _verify(self, pass_: Pass, before: Program, report: PassReport) -> tuple[Case, str] | None:
+        """Search for an input on which the whole network breaks the pass's contract."""
+        if not isinstance(pass_.promise, Exact):
+            report.error, report.measured_on = self._output_error()
+        if not self.examples:
+            return None
+        report.examples = self.examples
+        most = 3 if self.program.batch_is_free else 1
+        strategy = cases(self.inputs.kinds(), most)
+        exact = isinstance(pass_.promise, Exact)
+
+        def check(case: Case) -> None:
+            tensors = self.inputs.make(case)
+            if case not in self.references:
+                self.references[case] = before.outputs(*tensors)
+            reference = self.references[case]
+            if not all(tensor.isfinite().all() for tensor in reference):
+                return  # the network itself overflows on this input
+            if exact:
+                compare_programs(before, self.program, tensors, reference)
+                return
+            ours = self.program.outputs(*tensors)
+            for name, given, wanted in zip(self.program.output_names, ours, reference, strict=True):
+                if given.shape != wanted.shape or given.dtype != wanted.dtype:
+                    raise Broken(f"'{name}' has shape {tuple(given.shape)} instead of {tuple(wanted.shape)}")
+                if not given.isfinite().all():
+                    raise Broken(f"'{name}' is not finite")
+
+        broken = search(check, strategy, self.examples, self.seed)
+        if not exact or broken is not None:
+            self.references.clear()
+        return broken
+
+    def _output_error(self) -> tuple[float, str]:
+        """Relative L2 error of all outputs against the original's on held-out calibration data, or on drawn inputs."""
+        if self.data is not None:
+            _, held = self.data.split(seed=self.seed)
+            held = held.limit(256)
+            batches = full_batches(held, self.program)
+            what = f"{len(held)} held-out calibration samples"
+        else:
+            batches, what = [synthetic_batch(self.original, self.seed)], "random inputs (no calibration data)"
+        difference = total = 0.0
+        for batch in batches:
+            for ours, wanted in zip(self.program.outputs(*batch), self.original.outputs(*batch), strict=True):
+                if wanted.is_floating_point():
+                    difference += float((ours.double() - wanted.double()).square().sum())
+                    total += float(wanted.double().square().sum())
+        return (difference / total) ** 0.5 if total else 0.0, what
+
+    def _roll_back(
+        self, pass_: Pass, snapshot: Program, report: PassReport, kept: list[str], broken: tuple[Case, str]
+    ) -> None:
+        """Each site held by itself, and yet the network does not: find the site by bisection, then raise or undo."""
+        low, high, found = 0, len(kept), broken  # the first `low` sites are right together, the first `high` are not
+        while high - low > 1:
+            middle = (low + high) // 2
+            self.program = snapshot.snapshot()
+            self._rewrite(pass_, middle)
+            again = self._verify(pass_, snapshot, report)
+            low, high, found = (low, middle, again) if again is not None else (middle, high, found)
+        self.program = snapshot.snapshot()
+        error = self._contract_error(pass_, kept[high - 1], *found)
+        if isinstance(error, ContractError):
+            raise error
+        report.outcome, report.reason, report.error = "rolled back", f"{error} (layer '{kept[high - 1]}')", None
+        for site in report.sites:
+            if site.outcome == "kept":
+                site.outcome, site.reason, site.after = "rolled back", "the pass was rolled back", site.before
+
+
+class _RolledBack(Exception):
+    """A site broke the contract and the user chose to go on without it."""
+
+
+def site_inputs(site: Site, batch_is_free: bool) -> tuple[tuple[InputSpec, ...], tuple[Tensor, ...]]:
+    """What a site takes, in the form that inputs are drawn for."""
+    specs, examples = [], []
+    for node in region_inputs(site.nodes):
+        shape, dtype = shape_of(node), dtype_of(node)
+        if shape is None or dtype is None:
+            raise RewriteError("a site must take tensors", place=f"layer '{site.name}'")
+        specs.append(InputSpec(node.name, shape, dtype, batch_axis=0 if batch_is_free and shape else None))
+        examples.append(torch.zeros(shape, dtype=dtype))
+    return tuple(specs), tuple(examples)
+
+
+def describe_change(site: Site, replacement: Replacement) -> str:
+    """What is replaced by what, in a few words."""
+    before = " + ".join(map(describe_layer, site.layers)) or str(
+        getattr(site.node.target, "__name__", site.node.target)
+    )
+    if isinstance(replacement, nn.Module):
+        return f"{before} -> {describe_layer(replacement)}"
+    after = ", ".join(map(describe_layer, replacement)) or "nothing"
+    return f"{before} -> {after}"

@@ -1,0 +1,129 @@
+"""Calibration data at the sites of a pass: what goes in there now, what came out in the original, and fits to that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompile.calibration import Calibration
+from fxcompile.cost import samples
+from fxcompile.errors import CalibrationError
+from fxcompile.fitting import refit
+from fxcompile.layers import CONVOLUTIONS
+from fxcompile.program import FEATURE, Program
+from fxcompile.rewriting import Pairs, Replacement, Site
+from fxcompile.splice import region_inputs, run_region, run_replacement
+from fxcompile.verification import random_like
+from fxcompile.walking import MEMORY, Walk, live_bytes
+
+
+@dataclass
+class SiteData:
+    """Calibration data for one pass, walked through the program and the original side by side."""
+
+    walk: Walk
+    reference: Walk
+    features: dict[str, fx.Node]
+    fit_batches: int
+    fits: bool
+    note: str | None = None
+    _last: tuple[str, list[tuple[Tensor, Tensor]]] = ("", [])
+
+    @classmethod
+    def of(
+        cls, program: Program, original: Program, data: Calibration | None, sites: Sequence[Site], seed: int
+    ) -> SiteData:
+        """Data for these sites, to be asked for in the order of the graph; random inputs where there is none."""
+        note = None
+        if data is None:
+            batches, count = [synthetic_batch(original, seed)], 0
+        else:
+            fit, held = data.split(seed=seed)
+            per_sample = max((live_bytes(program) + live_bytes(original)) // samples(program), 1)
+            most = max(8, MEMORY // per_sample)
+            fit, held = fit.limit(max(most * 3 // 4, 1)), held.limit(max(most // 4, 1))
+            if len(fit) + len(held) < len(data):
+                note = (
+                    f"fitted on {len(fit)} and measured on {len(held)} of {len(data)} calibration samples, "
+                    f"which keeps the activations under {MEMORY / 1e9:g} GB"
+                )
+            first = full_batches(fit, program)
+            batches, count = [*first, *full_batches(held, program)], len(first)
+        features = {node.meta[FEATURE]: node for node in original.graph.nodes}
+        wanted = [features[name] for site in sites if (name := site.nodes[-1].meta.get(FEATURE)) in features]
+        walks = Walk(program, batches), Walk(original, batches, wanted)
+        return cls(*walks, features, count, data is not None, note)
+
+    def _pairs(self, site: Site) -> list[tuple[Tensor, Tensor]]:
+        """All batches at a site: its inputs as they are now, its outputs as the original had them."""
+        if self._last[0] != site.name:
+            xs = list(self.walk.values_of(region_inputs(site.nodes)[0]))
+            feature = self.features.get(site.nodes[-1].meta.get(FEATURE, ""))
+            if feature is not None:
+                ys = self.reference.take(feature)
+            else:
+                with torch.no_grad():
+                    ys = [run_region(site, (x,)) for x in xs]
+            self._last = (site.name, list(zip(xs, ys, strict=True)))
+        return self._last[1]
+
+    def fit_pairs(self, site: Site) -> Pairs:
+        """The batches to fit to; none where there is no calibration data."""
+        pairs = self._pairs(site)
+        return tuple(pairs[: self.fit_batches]) if self.fits else ()
+
+    def held_pairs(self, site: Site) -> list[tuple[Tensor, Tensor]]:
+        """The batches to measure on."""
+        return self._pairs(site)[self.fit_batches :]
+
+    def error(self, site: Site, replacement: Replacement) -> float:
+        """Relative L2 error of a replacement against the original's features, on held-out data."""
+        difference = total = 0.0
+        with torch.no_grad():
+            for x, y in self.held_pairs(site):
+                ours = run_replacement(replacement, (x,))
+                difference += float((ours.double() - y.double()).square().sum())
+                total += float(y.double().square().sum())
+        return (difference / total) ** 0.5 if total else (0.0 if not difference else float("inf"))
+
+    def fit(self, site: Site, replacement: Replacement) -> tuple[Replacement, float]:
+        """Re-solve the last linear layer by least squares; keep whichever is nearer on held-out data."""
+        with torch.no_grad():
+            error = self.error(site, replacement)
+        modules = [replacement] if isinstance(replacement, nn.Module) else list(replacement)
+        if not self.fits or not modules or not isinstance(modules[-1], (*CONVOLUTIONS, nn.Linear)):
+            return replacement, error
+        *first, last = modules
+        with torch.no_grad():
+            pairs = ((run_replacement(first, (x,)), y) for x, y in self.fit_pairs(site))
+            solved = [*first, refit(last, pairs)]
+            solved_error = self.error(site, solved)
+        return (solved, solved_error) if solved_error < error else (replacement, error)
+
+
+def full_batches(data: Calibration, program: Program) -> list[tuple[Tensor, ...]]:
+    """Calibration data in batches that the program takes: of 32 samples, or of the only size it knows.
+
+    Raises:
+        CalibrationError: the batch is fixed and there are fewer samples.
+    """
+    if program.batch_is_free:
+        return list(data.batches(32))
+    shape = program.inputs[0].shape
+    size = shape[0] if shape else 1
+    whole = [batch for batch in data.batches(size) if not shape or batch[0].shape[0] == size]
+    if not whole:
+        raise CalibrationError(
+            f"the network takes {size} samples at once and {len(data)} are given for fitting or for measuring",
+            mend=f"give at least {4 * size} samples, or a model with a free batch",
+        )
+    return whole
+
+
+def synthetic_batch(program: Program, seed: int) -> tuple[Tensor, ...]:
+    """Random inputs in the range of the examples."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(random_like(example, list(example.shape), generator) for example in program.examples)

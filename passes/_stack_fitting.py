@@ -1,0 +1,280 @@
+"""Finds the stages of a stack from the weight alone: a factorisation of W into a chain of small convolutions.
+
+A DFT on a grid of exactly k points has no wrap-around and turns the chain into a matrix product at each frequency,
+W^(f) = X_n^(f) ... X_1^(f): that is how everything here is computed, for 1, 2 and 3 dimensions alike. Weights are
+split, [g, O, C, *k] in float64; spectra are [g, f, O, C]. Scalars of the method are kept per group.
+
+Extrapolated alternating least squares: Ang, Cohen, Gillis and Hien 2021; the rest is derived here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, linalg
+
+from ._stack_algebra import split, squares, stage_kernels
+
+AMPLIFICATION_LIMIT = 4.0
+"""How far a stack may multiply independent relative errors of its weights; above it the fit is regularised more."""
+_FLOPS, _SWEEPS = 1e12, (8, 200)
+_START_RIDGE, _PROXIMAL, _CONVERGED = 1e-3, 1e-10, 1e-4
+
+
+def stack(
+    weight: Tensor,
+    widths: Sequence[int],
+    groups: int = 1,
+    generator: torch.Generator | None = None,
+    sweeps: int | None = None,
+    limit: float = AMPLIFICATION_LIMIT,
+) -> list[Tensor]:
+    """Stages of 3 whose chain is near `weight` [O, C/g, *k] in Frobenius norm; `widths[i]` channels after stage i.
+
+    Alternating least squares on |W - chain|^2 + mu sum |X_i|^2: each outer stage is an exact solve shared by all
+    outputs (or inputs), an inner one some steps of conjugate gradients. It starts at the best subspace of windows of
+    W; mu falls from 1e-3 to 0 (which avoids the swamps that cancelling factors make), and rises again where
+    `amplification` passes `limit`. Sweeps are as many as a fixed amount of arithmetic allows, between 8 and 200.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    target, kernels = split(weight, groups), stage_kernels(weight.shape[2:])
+    if len(widths) != len(kernels) - 1 or any(m < groups or m % groups for m in widths):
+        raise ValueError(f"{len(kernels) - 1} widths that are multiples of {groups} are wanted, not {list(widths)}")
+    if not bool(target.isfinite().all()):
+        raise ValueError("the weight holds values that are not finite")
+    norm = target.flatten(1).norm(dim=1).clamp_min(1e-300)
+    target = target / _like(norm, target)
+    starts = (
+        4 if math.prod(weight.shape[:2]) <= 4 * groups else 1
+    )  # depthwise: local minima differ, and starts cost nothing
+    target = target.repeat(starts, *[1] * (target.dim() - 1))
+    stages, history = _fit(target, [m // groups for m in widths], kernels, generator, sweeps, limit, groups)
+    best = history[-1].reshape(starts, groups).argmin(0) * groups + torch.arange(groups, device=target.device)
+    scale = norm.pow(1 / len(stages))
+    return [(x[best] * _like(scale, x)).flatten(0, 1) for x in stages]
+
+
+def _fit(
+    target: Tensor,
+    widths: list[int],
+    kernels: list[tuple[int, ...]],
+    generator: torch.Generator,
+    sweeps: int | None,
+    limit: float,
+    seen: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Stages of `target` [g, O, C, *k], and the history of the objective; groups after `seen` start at random.
+
+    If W is the chain (rest, last), each window W[o, :, u + .] of the size of `rest` is a sum of shifted kernels of
+    `rest`: the leading right singular vectors of all windows are those kernels, up to shifts. `rest` is fitted first.
+    """
+    rest = [k - s + 1 for k, s in zip(target.shape[3:], kernels[-1], strict=True)]
+    windows = target
+    for axis, size in enumerate(rest):
+        windows = windows.unfold(3 + axis, size, 1)  # [g, O, C, *k_last, *rest]
+    windows = windows.movedim(2, 2 + len(rest)).flatten(1, 1 + len(rest)).flatten(2)
+    found = _leading(windows[:seen], widths[-1], generator)
+    start = torch.randn(len(target), widths[-1], windows.shape[2], generator=generator, dtype=torch.float64).to(target)
+    start *= found.norm(dim=2).mean() / start.shape[2] ** 0.5
+    start[:seen, : found.shape[1]] = found
+    early = [start.unflatten(2, (target.shape[2], *rest))]
+    if len(kernels) > 2:
+        early, _ = _fit(early[0], widths[:-1], kernels[:-1], generator, sweeps, limit, seen)
+    last = target.new_zeros(*target.shape[:2], widths[-1], *kernels[-1])
+    return _alternate(target, [*early, last], sweeps, limit)
+
+
+def _leading(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """The `count` leading right singular vectors of `rows` [g, n, m] times their singular values."""
+    count = min(count, *rows.shape[1:])
+    if min(rows.shape[1:]) <= 1024:
+        _, scale, vectors = linalg.svd(rows, full_matrices=False)
+        return (scale[:, :, None] * vectors)[:, :count]
+    sketch = torch.randn(len(rows), rows.shape[2], count + 8, generator=generator, dtype=torch.float64).to(rows)
+    for _ in range(3):
+        sketch = linalg.qr(rows.mT @ (rows @ sketch))[0]
+    _, scale, vectors = linalg.svd(rows @ sketch, full_matrices=False)
+    return (scale[:, :, None] * (vectors @ sketch.mT))[:, :count]
+
+
+def _alternate(
+    target: Tensor, stages: list[Tensor], sweeps: int | None, limit: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Stages after the sweeps (`stages[-1]` may be zero before), and the objective of each group after each sweep.
+
+    After a sweep the stages are extrapolated along their last change, further each time that lowers the objective.
+    """
+    grid, wanted = target.shape[3:], spectrum(target, target.shape[3:])
+    sweeps = sweeps or min(max(int(_FLOPS / _work(stages, grid)), _SWEEPS[0]), _SWEEPS[1])
+    decay = max(0.5, 1e-5 ** (3 / sweeps))
+    ridge = target.new_full((len(target),), _START_RIDGE)
+    step, squared = torch.ones_like(ridge), target.flatten(1).square().sum(1).clamp_min(1e-300)
+
+    def objective(stages: list[Tensor]) -> tuple[Tensor, Tensor]:
+        error = (target - taps(chain([spectrum(x, grid) for x in stages]), grid)).flatten(1).square().sum(1)
+        return error, error + ridge * sum(x.flatten(1).square().sum(1) for x in stages)
+
+    stages = balance([*stages[:-1], _solve(wanted, stages, len(stages) - 1, grid, ridge)])
+    history = [objective(stages)[1]]
+    for sweep in range(sweeps):
+        before = stages
+        for stage in range(len(stages)):
+            stages = [*stages[:stage], _solve(wanted, stages, stage, grid, ridge), *stages[stage + 1 :]]
+        stages = balance(stages)
+        error, reached = objective(stages)
+        if sweep:
+            further = [x + _like(step, x) * (x - y) for x, y in zip(stages, before, strict=True)]
+            their_error, theirs = objective(further)
+            better = theirs < reached
+            stages = [torch.where(_like(better, x), y, x) for x, y in zip(stages, further, strict=True)]
+            error, reached = torch.where(better, their_error, error), torch.where(better, theirs, reached)
+            step = torch.where(better, step * 1.5, (step / 3).clamp_min(0.5))
+        history.append(reached)
+        settled = (error <= 1e-24 * squared) | (history[-2] - reached <= 2 * _CONVERGED * reached)
+        if bool((settled & (ridge < 1e-8)).all()) and sweep >= _SWEEPS[0]:
+            break
+        cancelling = squares(stages) > limit**2 * squared
+        ridge = torch.where(cancelling, ridge * 3 + 1e-9, torch.where(ridge > 1e-14, ridge * decay, 0))
+    return stages, history
+
+
+def _solve(wanted: Tensor, stages: list[Tensor], at: int, grid: torch.Size, ridge: Tensor) -> Tensor:
+    """The stage at `at` that minimises |W - L X R|^2 + ridge |X|^2, with R and L the chains before and after it.
+
+    Solved for the change of X, so that rounding is relative to the residual. 1e-10 of the mean diagonal is added to the
+    normal matrix but not to the gradient: a proximal step, which never raises the objective nor moves its minimum.
+    """
+    x, spectra = stages[at], [spectrum(s, grid) for s in stages]
+    before, after, residual = spectra[:at], spectra[at + 1 :], wanted - chain(spectra)
+    if not after:
+        return x + _normal_step(residual, chain(before), x, grid, ridge)
+    if not before:
+        return x + _normal_step(residual.mT, chain(after).mT, x.transpose(1, 2), grid, ridge).transpose(1, 2)
+    return x + _gradient_steps(residual, chain(after), chain(before), x, grid, ridge)
+
+
+def _normal_step(residual: Tensor, right: Tensor, x: Tensor, grid: torch.Size, ridge: Tensor) -> Tensor:
+    """The best change of the last stage `x` [g, O, M, *k]: all outputs share one system of size M |k|.
+
+    Its normal matrix is block Toeplitz, G[(m, u), (n, v)] = P[m, n, v - u], with P the correlation of R with itself.
+    """
+    kernel = x.shape[3:]
+    gradient = _crop(taps(residual @ right.mH, grid), kernel) - _like(ridge, x) * x
+    offsets = torch.cartesian_prod(*[torch.arange(k) for k in kernel]).reshape(-1, len(kernel))
+    lags = torch.zeros(len(offsets), len(offsets), dtype=torch.long)
+    for axis, points in enumerate(grid):
+        lags = lags * points + (offsets[None, :, axis] - offsets[:, None, axis]) % points
+    normal = taps(right @ right.mH, grid).flatten(3)[..., lags].transpose(2, 3).flatten(3).flatten(1, 2)
+    solution = _positive_solve(normal, gradient.flatten(2).mT, ridge)
+    return solution.mT.reshape(x.shape)
+
+
+def _positive_solve(normal: Tensor, wanted: Tensor, ridge: Tensor) -> Tensor:
+    """(normal + ridge + tiny) x = wanted, for positive semidefinite `normal` [g, n, n], which is overwritten."""
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    tiny = _PROXIMAL * diagonal.mean(1) + 1e-300
+    diagonal += (ridge + tiny)[:, None]
+    factor, failed = linalg.cholesky_ex(normal)
+    while bool(failed.any()):
+        tiny = 100 * tiny
+        diagonal += tiny[:, None]
+        factor, failed = linalg.cholesky_ex(normal)
+    return torch.cholesky_solve(wanted, factor)
+
+
+def _gradient_steps(
+    residual: Tensor, left: Tensor, right: Tensor, x: Tensor, grid: torch.Size, ridge: Tensor, steps: int = 8
+) -> Tensor:
+    """A good change of an inner stage by conjugate gradients, each step of which lowers the objective.
+
+    The system couples all of X; its diagonal blocks, sum_f L^H L and sum_f R R^H, precondition it.
+    """
+    kernel, outer, inner = x.shape[3:], left.mH @ left, right @ right.mH
+    lag = (..., *[0] * len(grid))
+    factors = [_positive_factor(taps(gram, grid)[lag]) for gram in (outer, inner)]
+
+    def apply(v: Tensor) -> Tensor:
+        return _crop(taps(outer @ spectrum(v, grid) @ inner, grid), kernel) + _like(ridge, v) * v
+
+    def precondition(v: Tensor) -> Tensor:
+        rows = torch.cholesky_solve(v.flatten(2), factors[0]).reshape(v.shape).transpose(1, 2)
+        return torch.cholesky_solve(rows.flatten(2), factors[1]).reshape(rows.shape).transpose(1, 2)
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).flatten(1).sum(1)
+
+    change = torch.zeros_like(x)
+    left_over = _crop(taps(left.mH @ residual @ right.mH, grid), kernel) - _like(ridge, x) * x
+    direction = fixed = precondition(left_over)
+    slope = dot(left_over, fixed)
+    for _ in range(steps):
+        image = apply(direction)
+        length = slope / dot(direction, image).clamp_min(1e-300)
+        change = change + _like(length, x) * direction
+        left_over = left_over - _like(length, x) * image
+        fixed = precondition(left_over)
+        before, slope = slope, dot(left_over, fixed)
+        direction = fixed + _like(slope / before.clamp_min(1e-300), x) * direction
+    return change
+
+
+def _positive_factor(gram: Tensor) -> Tensor:
+    """Cholesky factor of `gram` [g, n, n], semidefinite, with 1e-6 of its mean diagonal added."""
+    extra = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-300
+    return linalg.cholesky(gram + torch.diag_embed(extra[:, None].expand(gram.shape[:2])))
+
+
+def balance(stages: list[Tensor]) -> list[Tensor]:
+    """The same chain with equal norms on both sides of each channel between stages."""
+    stages = list(stages)
+    for at in range(len(stages) - 1):
+        into, out = stages[at].flatten(2).norm(dim=2), stages[at + 1].transpose(1, 2).flatten(2).norm(dim=2)
+        scale = torch.where((into > 0) & (out > 0), (out / into.clamp_min(1e-300)).sqrt(), 1.0)
+        stages[at] = stages[at] * scale.reshape(*scale.shape, *[1] * (stages[at].dim() - 2))
+        stages[at + 1] = stages[at + 1] / scale.reshape(len(scale), 1, -1, *[1] * (stages[at].dim() - 3))
+    return stages
+
+
+def _work(stages: list[Tensor], grid: torch.Size) -> float:
+    """Floating-point operations of a sweep, roughly."""
+    groups, points = len(stages[0]), math.prod(grid)
+    outputs, inputs = stages[-1].shape[1], stages[0].shape[2]
+    work = 1e6  # calls cost as much
+    for x in stages:
+        rows, columns, size = x.shape[1], x.shape[2], math.prod(x.shape[3:])
+        shared, unknowns = (rows, columns * size) if x is not stages[0] else (columns, rows * size)
+        if x is stages[0] or x is stages[-1]:
+            work += groups * (unknowns**3 / 3 + 2 * unknowns**2 * shared)
+        work += groups * points * 4 * (2 * rows * columns * (inputs + outputs) + inputs * outputs * columns)
+    return work
+
+
+def spectrum(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """[g, O, C, *k] -> its DFT [g, f, O, C] on a grid of real points."""
+    axes = tuple(range(-len(grid), 0))
+    return torch.fft.rfftn(x, s=tuple(grid), dim=axes).flatten(-len(grid)).movedim(-1, 1).contiguous()
+
+
+def taps(spectra: Tensor, grid: Sequence[int]) -> Tensor:
+    """[g, f, O, C] -> [g, O, C, *grid], the inverse of `spectrum`."""
+    axes, half = tuple(range(-len(grid), 0)), (*grid[:-1], grid[-1] // 2 + 1)
+    return torch.fft.irfftn(spectra.movedim(1, -1).unflatten(-1, half), s=tuple(grid), dim=axes)
+
+
+def chain(spectra: Sequence[Tensor]) -> Tensor:
+    """The spectrum of the chain."""
+    product = spectra[0]
+    for factor in spectra[1:]:
+        product = factor @ product
+    return product
+
+
+def _crop(x: Tensor, kernel: Sequence[int]) -> Tensor:
+    return x[(..., *[slice(k) for k in kernel])]
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    """[g] -> [g, 1, ..., 1], to multiply x [g, ...]."""
+    return values.reshape(-1, *[1] * (x.dim() - 1))

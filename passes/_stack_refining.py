@@ -1,0 +1,171 @@
+"""Refits all stages of a stack together to the data that its layer sees, given as the second moments of its patches.
+
+The output error of a stack is tr(E S E^T) with E = W - chain and S = E[x x^T] over patches: a polynomial in the stages.
+The last stage is solved exactly first; then L-BFGS moves all stages at once, each in coordinates in which its own
+Hessian is about the identity (Kronecker factors, as in Martens and Grosse 2015). Measured on 64 x 32 x 5 x 5 with
+correlated inputs: output error .200 at the start, .114 after the exact solve, .096 and .092 after 20 and 100 steps;
+without the coordinates L-BFGS is at .121 after 100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor, linalg
+
+from ._stack_algebra import split
+from ._stack_fitting import balance, chain, spectrum, taps
+
+_FLOPS, _STEPS = 4e11, (12, 60)
+_DAMPING = 1e-4
+
+
+def refine(
+    stages: Sequence[Tensor],
+    weight: Tensor,
+    gram: Tensor,
+    groups: int = 1,
+    ridge: float = 1e-2,
+    steps: int | None = None,
+) -> list[Tensor]:
+    """Stages [M_i, M_{i-1}/g, *k_i] with a smaller tr(E S' E^T) in each group, or as they were.
+
+    `gram` is S [g, F, F] (or [F, F] for one group) with F = C/g * |k| in the order of `weight.flatten(1)` and of
+    `unfold`; uncentred, or centred if the caller then moves the mean error into the bias. S' = S + ridge mean(diag S) I holds the
+    stack near the dense weight where the data say little. Time grows as steps * O * F^2: `steps` is by default what a
+    fixed amount of arithmetic allows, between 12 and 60. Meant for F up to 4096.
+    """
+    target = split(weight, groups)
+    moments = gram.detach().double().reshape(groups, target[0, 0].numel(), -1).clone()
+    if not bool(moments.isfinite().all()):
+        raise ValueError("the second moments hold values that are not finite")
+    level = moments.diagonal(dim1=1, dim2=2).mean(1)
+    moments.diagonal(dim1=1, dim2=2).add_(torch.where(level > 0, ridge * level, 1.0)[:, None])
+    rows = target.flatten(2)
+    total = ((rows @ moments) * rows).sum().clamp_min(1e-300)
+
+    def objective(stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """[g], the error; and a scalar with the gradient of their sum (S E is computed once, since S is symmetric)."""
+        grid = target.shape[3:]
+        error = (target - taps(chain([spectrum(x, grid) for x in stages]), grid)).flatten(2)
+        weighted = error.detach() @ moments / total
+        return (error.detach() * weighted).sum((1, 2)), 2 * (error * weighted).sum()
+
+    start = [split(x, groups) for x in stages]
+    moved = balance(start)
+    moved[-1] = _best_last(moved, target, moments)
+    steps = steps or min(max(int(_FLOPS / (2.0 * rows.numel() * rows.shape[2])), _STEPS[0]), _STEPS[1])
+    moved = _descend(moved, _coordinates(moved, moments, target.shape[3:]), objective, steps)
+    better = objective(moved)[0] < objective(start)[0]
+    return [torch.where(better[:, None], y.flatten(1), x.flatten(1)).reshape(x.shape).flatten(0, 1)
+            for x, y in zip(start, moved, strict=True)]  # fmt: skip
+
+
+Coordinates = tuple[Tensor | None, Tensor, tuple[int, ...]]
+"""Factors A and B, and the shape [g, rows, columns, *k], of X = A^-T Y B^-1, with X arranged as a matrix."""
+
+
+def _descend(
+    stages: list[Tensor],
+    coordinates: list[Coordinates],
+    objective: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]],
+    steps: int,
+) -> list[Tensor]:
+    """At most `steps` L-BFGS steps on all stages, in their coordinates."""
+    free = [_enter(x, c).clone(memory_format=torch.contiguous_format).requires_grad_() for x, c in
+            zip(stages, coordinates, strict=True)]  # fmt: skip
+    for y in free:
+        y.register_hook(Tensor.contiguous)
+    search = torch.optim.LBFGS(free, max_iter=steps, max_eval=steps * 5 // 4, history_size=20,
+                               tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")  # fmt: skip
+
+    def closure() -> float:
+        search.zero_grad()
+        errors, surrogate = objective([_leave(y, c) for y, c in zip(free, coordinates, strict=True)])
+        surrogate.backward()  # type: ignore[no-untyped-call]
+        return float(errors.sum())
+
+    with torch.enable_grad():
+        search.step(closure)
+    return [_leave(y.detach(), c) for y, c in zip(free, coordinates, strict=True)]
+
+
+def _best_last(stages: list[Tensor], target: Tensor, moments: Tensor) -> Tensor:
+    """The last stage that is best given the others: X (D S D^T) = W S D^T, with D the design of the others."""
+    last = stages[-1]
+    design = _design(_prefix(stages, len(stages) - 1, target.shape[3:]), last.shape[3:])
+    seen = design @ moments
+    factor = _factor(seen @ design.mT, 1e-10)
+    return torch.cholesky_solve(seen @ target.flatten(2).mT, factor).mT.reshape(last.shape)
+
+
+def _coordinates(stages: list[Tensor], moments: Tensor, grid: Sequence[int]) -> list[Coordinates]:
+    """For each stage, factors of its Hessian sum_{o,w,w'} L[o, a, w-v] S_R[(c, w), (d, w')] L[o, b, w'-v'].
+
+    S_R, the moments that the stage sees behind the chain R before it, is replaced by a product of what it is between
+    channels and between taps. For the last stage, where L is the identity, the Hessian is S_R itself.
+    """
+    found: list[Coordinates] = []
+    for at, x in enumerate(stages):
+        reach = [1 + sum(y.shape[3 + axis] - 1 for y in stages[at:]) for axis in range(len(grid))]
+        design = _design(_prefix(stages, at, grid), reach) if at else None
+        seen = moments if design is None else design @ moments @ design.mT
+        if at == len(stages) - 1:
+            found.append((None, _factor(seen, 1e-10), tuple(x.shape)))
+            continue
+        joint = seen.unflatten(2, (x.shape[2], -1)).unflatten(1, (x.shape[2], -1))  # [g, c, w, d, w']
+        between_taps, between_channels = joint.diagonal(dim1=1, dim2=3).sum(3), joint.diagonal(dim1=2, dim2=4).sum(3)
+        after = taps(chain([spectrum(y, grid) for y in stages[at + 1 :]]), grid).transpose(1, 2)
+        extent = [n - k + 1 for n, k in zip(reach, x.shape[3:], strict=True)]
+        outward = _design(after[(..., *[slice(n) for n in extent])], x.shape[3:]).unflatten(2, (after.shape[2], -1))
+        hessian = (outward @ between_taps[:, None]).flatten(2) @ outward.flatten(2).mT
+        trace = between_taps.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        found.append((_factor(hessian, _DAMPING), _factor(between_channels / trace, _DAMPING), tuple(x.shape)))
+    return found
+
+
+def _enter(x: Tensor, coordinates: Coordinates) -> Tensor:
+    left, right, _ = coordinates
+    if left is None:
+        return x.flatten(2) @ right
+    return left.mT @ x.movedim(2, -1).flatten(1, -2) @ right
+
+
+def _leave(y: Tensor, coordinates: Coordinates) -> Tensor:
+    left, right, shape = coordinates
+    matrix = linalg.solve_triangular(right, y, upper=False, left=False)
+    if left is None:
+        return matrix.reshape(shape)
+    matrix = linalg.solve_triangular(left.mT, matrix, upper=True)
+    return matrix.reshape(*shape[:2], *shape[3:], shape[2]).movedim(-1, 2)
+
+
+def _prefix(stages: list[Tensor], at: int, grid: Sequence[int]) -> Tensor:
+    """The kernel [g, M, C, *k] of the stages before `at`."""
+    kernel = taps(chain([spectrum(x, grid) for x in stages[:at]]), grid)
+    extent = [1 + sum(x.shape[3 + axis] - 1 for x in stages[:at]) for axis in range(len(grid))]
+    return kernel[(..., *[slice(n) for n in extent])]
+
+
+def _design(kernel: Tensor, reach: Sequence[int]) -> Tensor:
+    """D[(m, u), (c, w)] = kernel[m, c, w - u]: [g, M, C, *k] -> [g, M |reach|, C |k + reach - 1|]."""
+    groups, rows, columns, *extent = kernel.shape
+    full = [k + n - 1 for k, n in zip(extent, reach, strict=True)]
+    design = kernel.new_zeros(groups, rows, *reach, columns, *full)
+    for at in product(*map(range, reach)):
+        place = [slice(u, u + k) for u, k in zip(at, extent, strict=True)]
+        design[(slice(None), slice(None), *at, slice(None), *place)] = kernel
+    return design.flatten(2 + len(reach)).flatten(1, 1 + len(reach))
+
+
+def _factor(gram: Tensor, damping: float) -> Tensor:
+    """Cholesky factor of `gram` [g, n, n], semidefinite, with `damping` of its mean diagonal added (more if it must)."""
+    level = gram.diagonal(dim1=1, dim2=2).mean(1)
+    while True:
+        extra = (damping * level + 1e-300)[:, None]
+        factor, failed = linalg.cholesky_ex(gram + torch.diag_embed(extra.expand(gram.shape[:2])))
+        if not bool(failed.any()):
+            return factor
+        damping *= 100
