@@ -16,6 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fxcompile.errors import CalibrationError
+from fxcompile.filekinds import one_line, open_regular
+
+_LARGE = 10_000_000
+"""Values that a tensor may claim beyond the bytes it holds."""
+
+_BOMB = 2**30
+"""Bytes from which on an archive that unpacks to 200 times its size is refused."""
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
 
@@ -93,7 +100,7 @@ def as_calibration(data: object, specs: Sequence[InputSpec]) -> Calibration:
         return fit_to_inputs({"": data}, specs)
     if isinstance(data, Mapping):
         return fit_to_inputs(dict(data), specs)
-    if not isinstance(data, Iterable):
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise CalibrationError(f"calibration data cannot be a {type(data).__name__}", mend="give tensors or batches")
     parts: dict[str, list[Tensor]] = {}
     for batch in data:
@@ -101,10 +108,12 @@ def as_calibration(data: object, specs: Sequence[InputSpec]) -> Calibration:
             parts.setdefault(name, []).append(_tensor(value))
     if not parts:
         raise CalibrationError("there are no calibration batches", mend="give at least one sample")
-    try:
-        joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    except RuntimeError as error:
-        raise CalibrationError(f"calibration batches do not go together: {error}", mend="give one shape") from None
+    for name, tensors in parts.items():
+        other = next((item for item in tensors if item.shape[1:] != tensors[0].shape[1:] or not item.dim()), None)
+        if other is not None:
+            what = f"calibration batches for '{name}' are {_shape(tensors[0])} and {_shape(other)}"
+            raise CalibrationError(f"{what}, which do not go together", mend="give samples of one shape, [N, ...]")
+    joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
     return fit_to_inputs(joined, specs)
 
 
@@ -133,29 +142,33 @@ def read_calibration(
         raise CalibrationError(
             "--image-mean and --image-std are for a folder of images", place=place, mend="normalise the arrays instead"
         )
-    if not path.exists():
-        raise CalibrationError("there is no such file", place=place, mend="check --calibration")
+    open_regular(path, CalibrationError).close()
     if path.suffix not in ARRAY_SUFFIXES:
         raise CalibrationError(
             f"'{path.suffix}' is no kind of calibration file", place=place, mend=f"give {', '.join(ARRAY_SUFFIXES)}"
         )
     try:
-        if path.stat().st_size == 0:
-            raise CalibrationError("the file is empty", place=place, mend="save the arrays again")
         arrays = _read_arrays(path)
     except CalibrationError:
         raise
     except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = "it holds pickled objects" if "pickle" in str(error).lower() else "it is truncated or damaged"
+        pickled = any(word in str(error).lower() for word in ("pickle", "python objects"))
+        reason = "it holds pickled objects" if pickled else "it is truncated or damaged"
         raise CalibrationError(reason, place=place, mend="save plain arrays again") from None
     except Exception as error:  # safetensors raises a class of its own
-        raise CalibrationError(f"it cannot be read: {error}", place=place, mend="save it again") from None
+        raise CalibrationError(f"it cannot be read: {one_line(error)}", place=place, mend="save it again") from None
     return fit_to_inputs(arrays, specs, place)
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
+            entries = archive.zip.infolist() if archive.zip is not None else []
+            unpacked = sum(entry.file_size for entry in entries)
+            if unpacked > max(_BOMB, 200 * path.stat().st_size):
+                raise CalibrationError(
+                    f"it would unpack to {unpacked} bytes, as a zip bomb does", place=str(path), mend="use np.savez"
+                )
             return {name: archive[name] for name in archive.files}
     if path.suffix == ".npy":
         return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
@@ -207,10 +220,11 @@ def fit_to_inputs(arrays: Mapping[str, Any], specs: Sequence[InputSpec], place: 
         raise CalibrationError(f"the inputs have different numbers of samples: {shown}", place=place, mend="align them")
     for spec in specs:
         tensor = tensors[spec.name]
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CalibrationError(
-                f"the samples of '{spec.name}' hold NaN or infinity", place=place, mend="remove them"
-            )
+        # Some rows at a time: the array may be memory-mapped and larger than memory.
+        rows = tensor.split(256) if tensor.is_floating_point() else ()
+        if not all(part.to(spec.dtype).isfinite().all() for part in rows):
+            what = f"hold NaN or infinity in {str(spec.dtype).removeprefix('torch.')}"
+            raise CalibrationError(f"the samples of '{spec.name}' {what}", place=place, mend="remove or rescale them")
     return Calibration(tuple(specs), tensors)
 
 
@@ -266,8 +280,21 @@ def _named(batch: Any, specs: Sequence[InputSpec]) -> dict[str, Any]:
 
 def _tensor(value: Any, place: str | None = None) -> Tensor:
     if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise CalibrationError(
+                "a tensor is sparse, quantized or without values", place=place, mend="give dense ones"
+            )
+        if value.numel() > max(_LARGE, value.untyped_storage().nbytes()):
+            raise CalibrationError(
+                f"a tensor claims {value.numel()} values and holds few", place=place, mend="save it again"
+            )
         return value.detach().cpu()
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise CalibrationError(
+            f"what is given is no array ({one_line(error)})", place=place, mend="give tensors"
+        ) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a memory-mapped array is read-only, and nothing writes to it

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fxcompile import function_rules, layer_rules
 from fxcompile.lowering import Canonicaliser, NoSpelling
-from fxcompile.sizes import settle
+from fxcompile.sizes import record_missing_shapes, settle
 from fxcompile.trees import is_free, place
 
 __all__ = ["NoSpelling", "canonicalise", "is_free", "place"]
@@ -34,5 +34,6 @@ def canonicalise(raw: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
     """
     graph, layers = Canonicaliser(raw, root).run()
     settle(graph, layers)
+    record_missing_shapes(graph, layers)
     graph.lint()
     return fx.GraphModule(layers, graph, class_name=type(root).__name__).eval()

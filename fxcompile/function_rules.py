@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxcompile import schemas, spellings
 from fxcompile.functional import VALUE
-from fxcompile.lowering import MODULE_RULES, Call, Canonicaliser, rule
+from fxcompile.lowering import MODULE_RULES, Call, Canonicaliser, NoSpelling, rule
 from fxcompile.program import dtype_of, shape_of
 
 LARGE = 2**62
@@ -35,7 +35,7 @@ def lower_arithmetic(self: Canonicaliser, call: Call) -> Any:
     if kwargs or len(args) > 2:
         return NotImplemented
     if function is operator.truediv and isinstance(args[0], (int, float)) and schemas.is_tensor(args[1]):
-        inverse = self.call(torch.reciprocal, (args[1],), {}, call.node)
+        inverse = self.make(torch.reciprocal, (self.value(args[1]),), call.node)
         return inverse if args[0] == 1 else self.make(operator.mul, (inverse, args[0]), call.node)
     if function in spellings.COMMUTATIVE and not schemas.is_tensor(args[0]) and schemas.is_tensor(args[1]):
         args = (args[1], args[0])
@@ -43,8 +43,7 @@ def lower_arithmetic(self: Canonicaliser, call: Call) -> Any:
     if alpha != 1:
         scaled = values[1] * alpha if isinstance(values[1], (int, float)) else None
         if scaled is None:
-            scaled = self.make(operator.mul, (values[1], alpha), call.node)
-            scaled.meta["tensor_meta"] = args[1].meta.get("tensor_meta")
+            scaled = self.make_part(operator.mul, (values[1], alpha), call.node)
         values = (values[0], scaled)
     if not any(isinstance(item, fx.Node) for item in values):
         return function(*values)  # arithmetic on sizes that are numbers
@@ -156,8 +155,7 @@ def lower_numel(self: Canonicaliser, call: Call) -> Any:
     total: Any = 1
     for axis in range(call.rank):
         size = self.size(call.source, axis)
-        total = size if total == 1 else self.make(operator.mul, (total, size), call.node)
-        size.meta.pop("tensor_meta", None)
+        total = size if axis == 0 else self.make_part(operator.mul, (total, size), call.node)
     return total
 
 
@@ -244,7 +242,7 @@ def lower_copy(self: Canonicaliser, call: Call) -> Any:
     if not isinstance(new, fx.Node) or not isinstance(source, fx.Node) or shape is None:
         return NotImplemented
     if dtype_of(source) != dtype_of(target):
-        new = self.make(torch.Tensor.to, (new, dtype_of(target)), call.node)
+        new = self.make_part(torch.Tensor.to, (new, dtype_of(target)), call.node)
     if shape_of(source) != shape:
         new = self.make(torch.Tensor.expand_as, (new, self.value(target)), call.node)
     return new
@@ -364,7 +362,7 @@ def lower_cat(self: Canonicaliser, call: Call) -> Any:
         parts = call.source.meta.get("tensor_meta") if isinstance(call.source, fx.Node) else None
         if type(parts) is not tuple:
             return NotImplemented
-        tensors = [self.make(operator.getitem, (tensors, index), call.node) for index in range(len(parts))]
+        tensors = [self.make_part(operator.getitem, (tensors, index), call.node) for index in range(len(parts))]
     rank = len(shape_of(call.node) or ())
     dim = call.bind("dim").get("dim", call.kwargs.get("axis", 0))
     if call.name in ("hstack", "vstack", "dstack", "column_stack", "row_stack"):
@@ -423,6 +421,8 @@ def take(self: Canonicaliser, node: fx.Node, source: fx.Node, rank: int, items: 
                 steps.append((operator.getitem, (*(slice(None),) * axis, part)))
             axis += 1
         elif schemas.is_tensor(item):
+            if dtype_of(item) == torch.bool:
+                raise NoSpelling(node, "the shape of what a boolean mask picks out as its result depends on values")
             tensors[axis] = self.value(item)
             axis += 1
         else:
@@ -430,9 +430,8 @@ def take(self: Canonicaliser, node: fx.Node, source: fx.Node, rank: int, items: 
     if tensors:
         steps.append((operator.getitem, tuple(tensors.get(position, slice(None)) for position in range(max(tensors) + 1))))
     for number, (target, argument) in enumerate(steps):
-        source = self.make(target, (source, argument), node)
-        if number < len(steps) - 1:
-            source.meta.pop("tensor_meta", None)
+        last = number == len(steps) - 1
+        source = (self.make if last else self.make_part)(target, (source, argument), node)
     return source
 
 
@@ -460,8 +459,7 @@ def lower_slice(self: Canonicaliser, call: Call) -> Any:
         if not isinstance(start, int) or start < 0:
             return NotImplemented
         if isinstance(length, fx.Node) and start:
-            length = self.make(operator.add, (length, start), call.node)
-            length.meta.pop("tensor_meta", None)
+            length = self.make_part(operator.add, (length, start), call.node)
         elif not isinstance(length, fx.Node):
             length = start + length
         index_value = slice(start or None, length, None)
@@ -474,10 +472,21 @@ def take_or_same(self: Canonicaliser, call: Call, items: list[Any]) -> Any:
     return take(self, call.node, self.value(call.source), call.rank, items)
 
 
+def lower_scatter_all(self: Canonicaliser, call: Call) -> Any:
+    """`slice_scatter` over a whole axis gives what is scattered."""
+    bound = call.bind("src dim start end step")
+    step = bound.get("step", 1)
+    whole = self.plain(bound.get("start", 0)) == 0 and self.plain(bound.get("end", LARGE)) >= LARGE and step == 1
+    same = isinstance(bound["src"], fx.Node) and dtype_of(bound["src"]) == dtype_of(call.node)
+    return self.value(bound["src"]) if whole and same else NotImplemented
+
+
 def lower_index(self: Canonicaliser, call: Call) -> Any:
     """`aten.index(x, [None, indices])`."""
     if len(call.args) != 2 or not isinstance(call.args[1], (tuple, list)):
         return NotImplemented
+    if any(isinstance(item, fx.Node) and dtype_of(item) == torch.bool for item in call.args[1]):
+        raise NoSpelling(call.node, "the shape of what a boolean mask picks out as its result depends on values")
     index = tuple(slice(None) if item is None else self.value(item) for item in call.args[1])
     return self.make(operator.getitem, (self.value(call.source), index), call.node)
 
@@ -600,6 +609,48 @@ def lower_attention(self: Canonicaliser, call: Call) -> Any:
     return self.call(F.scaled_dot_product_attention, (call.source, key, value), dict(sorted(options.items())), call.node)
 
 
+def lower_local_response_norm(self: Canonicaliser, call: Call) -> Any:
+    """`F.local_response_norm` as `torch` computes it: an average pool over the channels of the squares."""
+    bound = call.bind("size alpha beta k")
+    if call.rank < 3 or not isinstance(call.source, fx.Node):
+        return NotImplemented
+    size, x = bound["size"], self.value(call.source)
+    around = [size // 2, (size - 1) // 2]
+    part = self.make_part(operator.mul, (x, x), call.node)
+    if call.rank == 3:
+        part = self.make_part(torch.unsqueeze, (part, 1), call.node)
+        pool: nn.Module = nn.AvgPool2d((size, 1), stride=1)
+    else:
+        sizes = tuple(self.size(call.source, axis) for axis in range(call.rank))
+        part = self.make_part(torch.reshape, (part, (sizes[0], 1, *sizes[1:3], -1)), call.node)
+        pool = nn.AvgPool3d((size, 1, 1), stride=1)
+    part = self.make_part(F.pad, (part, [0, 0] * (1 if call.rank == 3 else 2) + around, "constant", 0.0), call.node)
+    part = self.place_layer(None, pool, (part,), call.node, f"avg_pool{2 if call.rank == 3 else 3}d")
+    part.meta.pop("tensor_meta", None)
+    part = self.make_part(torch.squeeze, (part, (1,)), call.node)
+    if call.rank > 3:
+        part = self.make_part(torch.reshape, (part, sizes), call.node)
+    part = self.make_part(operator.mul, (part, bound.get("alpha", 1e-4)), call.node)
+    part = self.make_part(operator.add, (part, bound.get("k", 1.0)), call.node)
+    part = self.make_part(torch.pow, (part, bound.get("beta", 0.75)), call.node)
+    return self.make(operator.truediv, (x, part), call.node)
+
+
+def module_local_response_norm(self: Canonicaliser, node: fx.Node, module: nn.LocalResponseNorm) -> Any:
+    args = (node.args[0], module.size, module.alpha, module.beta, module.k)
+    return lower_local_response_norm(self, Call(node, "local_response_norm", args, {}))
+
+
+def lower_random(self: Canonicaliser, call: Call) -> Any:
+    raise NoSpelling(call.node, "forward draws random numbers")
+
+
+def lower_value_dependent(self: Canonicaliser, call: Call) -> Any:
+    if call.name in spellings.TAKES_NUMBERS:
+        raise NoSpelling(call.node, "forward takes a number out of a tensor")
+    raise NoSpelling(call.node, f"the shape of what '{call.name}' gives as its result depends on values")
+
+
 def lower_one_hot(self: Canonicaliser, call: Call) -> Any:
     return self.call(F.one_hot, (call.source, call.bind("num_classes").get("num_classes", -1)), {}, call.node)
 
@@ -710,6 +761,7 @@ def register() -> None:
     rule("split")(lower_split)
     rule("getitem")(lower_getitem)
     rule("slice", "select", "narrow")(lower_slice)
+    rule("slice_scatter")(lower_scatter_all)
     rule("index")(lower_index)
     rule("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", *upsample_names())(lower_interpolate)
     rule("pad", "constant_pad_nd", *(f"{kind}_pad{d}d" for kind in ("reflection", "replication") for d in (1, 2, 3)))(
@@ -720,6 +772,9 @@ def register() -> None:
     rule("unfold", "fold", "im2col", "col2im")(lower_unfold)
     rule("scaled_dot_product_attention")(lower_attention)
     rule("one_hot")(lower_one_hot)
+    rule("local_response_norm")(lower_local_response_norm)
+    rule(*spellings.RANDOM)(lower_random)
+    rule(*spellings.TAKES_NUMBERS, *spellings.UNKNOWN_SHAPE)(lower_value_dependent)
     rule(*spellings.IDENTITIES)(lower_identity)
     rule(*spellings.DROPPED)(lower_nothing)
     rule("*")(lower_python_number)
@@ -731,6 +786,7 @@ def register() -> None:
             nn.Upsample: module_upsample,
             nn.UpsamplingNearest2d: module_upsample,
             nn.UpsamplingBilinear2d: module_upsample,
+            nn.LocalResponseNorm: module_local_response_norm,
             nn.Softmax2d: module_softmax2d,
             nn.Unfold: module_unfold,
             nn.Fold: module_unfold,

@@ -35,16 +35,18 @@ def lower_stateless(self: Canonicaliser, call: Call) -> Any:
     if any(value is NotImplemented for value in options.values()) or options.keys() - set(names.split()):
         return NotImplemented
     if "training" in names.split() and options.get("training", trains_by_default(call)) is True:
-        return NotImplemented
+        raise NoSpelling(call.node, "forward draws random numbers")
     options = {key: value for key, value in options.items() if key not in spellings.LAYER_ONLY_ARGUMENTS}
-    if call.name in spellings.WITH_INDICES:
+    pair = call.name in spellings.WITH_INDICES or (call.schema is not None and name.startswith("adaptive_max_pool"))
+    if pair and any(user.target is not operator.getitem or user.args[1] != 0 for user in call.node.users):
         options["return_indices"] = True
     layer = make_stateless(name, kind, options, call)
     if layer is None:
         return NotImplemented
     # One that the model wrote as a function is not shared: each call has its own name and site.
     path = self.layer_name(call.node, None, kind.__name__)
-    return self.call_layer(path, layer, call.args[:1], call.node, kind=name)
+    new = self.call_layer(path, layer, call.args[:1], call.node, kind=name)
+    return first_of(new) if pair and not options.get("return_indices") else new
 
 
 def module_stateless(self: Canonicaliser, node: fx.Node, module: nn.Module) -> Any:
@@ -150,9 +152,12 @@ def lower_weighted(self: Canonicaliser, call: Call) -> Any:
     if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
         keep_count(self, layer, path)
     new = self.call_layer(path, layer, call.args[:1], call.node)
-    if not native:
-        return new
-    meta = call.node.meta.get("tensor_meta")
+    return first_of(new) if native else new
+
+
+def first_of(new: fx.Node) -> tuple[fx.Node, None, None]:
+    """A layer that gives only the first of what the raw node does, which is all that is used."""
+    meta = new.meta.get("tensor_meta")
     new.meta["tensor_meta"] = meta[0] if type(meta) is tuple else meta
     return (new, None, None)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompile import layers, spellings
-from fxcompile.functional import VALUE
+from fxcompile.functional import VALUE, is_plain
 from fxcompile.program import ORIGIN, fetch, shape_of
 from fxcompile.trees import drop_dead_code, is_free, place
 
@@ -122,7 +122,7 @@ class Canonicaliser:
         graph: the new graph.
         layers: the new module tree.
         new: for each raw node what stands for it: a new node, a number, or a tuple of such.
-        constants: tensors of raw nodes that depend on no input.
+        constants: tensors and numbers of raw nodes that depend on no input.
     """
 
     def __init__(self, raw: fx.GraphModule, root: nn.Module) -> None:
@@ -131,7 +131,7 @@ class Canonicaliser:
         self.graph = fx.Graph()
         self.layers = nn.Module()
         self.new: dict[fx.Node, Any] = {}
-        self.constants: dict[fx.Node, Tensor] = {}
+        self.constants: dict[fx.Node, Any] = {}
         self.tensors: dict[str, Tensor] = {}
         self._computed: dict[int, tuple[Tensor, nn.Parameter]] = {}
         self._attributes: dict[int, fx.Node] = {}
@@ -233,6 +233,12 @@ class Canonicaliser:
         """A new function node for a raw node; the arguments are of the new graph already."""
         return self.annotate(self.graph.call_function(target, args, kwargs), node)
 
+    def make_part(self, target: Callable[..., Any], args: tuple[Any, ...], node: fx.Node) -> fx.Node:
+        """The same for a step on the way to what the raw node gives."""
+        new = self.make(target, args, node)
+        new.meta.pop("tensor_meta", None)
+        return new
+
     def size(self, raw: fx.Node, axis: int) -> fx.Node:
         """The node for the size of a raw node's tensor along one axis: one node, however often it is asked for."""
         source = self.new[raw]
@@ -255,13 +261,18 @@ class Canonicaliser:
             node: the raw node.
             kind: the operation's name.
         """
-        key = (name, layers.identity(layer)) if name is not None else node
+        return self.place_layer(name, layer, self.value(tuple(raw_inputs)), node, kind)
+
+    def place_layer(
+        self, name: str | None, layer: nn.Module, inputs: tuple[Any, ...], node: fx.Node, kind: str
+    ) -> fx.Node:
+        """The same, its inputs of the new graph already."""
+        key = (name, layers.identity(layer)) if name is not None else (node, kind)
         if key not in self._layer_names:
             unique = self.free_name(name or self.scoped_name(node, kind or type(layer).__name__.lower()))
             self._layer_names[key] = unique
             place(self.layers, unique, layer.eval())
-        new = self.graph.call_module(self._layer_names[key], self.value(tuple(raw_inputs)))
-        return self.annotate(new, node)
+        return self.annotate(self.graph.call_module(self._layer_names[key], inputs), node)
 
     def free_name(self, wanted: str) -> str:
         """The wanted path, or the first free one of `wanted_1`, `wanted_2`, ..."""
@@ -289,7 +300,8 @@ class Canonicaliser:
 
     def constant(self, raw: Any) -> Tensor | None:
         """The tensor at a raw argument, if it depends on no input."""
-        return self.constants.get(raw) if isinstance(raw, fx.Node) else None
+        held = self.constants.get(raw) if isinstance(raw, fx.Node) else None
+        return held if isinstance(held, Tensor) else None
 
     def weight(self, raw: Any) -> nn.Parameter | Tensor | None:
         """The same, as a layer holds it: one that was computed from parameters becomes a parameter."""
@@ -315,7 +327,7 @@ class Canonicaliser:
         )
         with torch.no_grad():
             value = function(*args, **kwargs)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) or is_plain(value):
             self.constants[node] = value
 
     def scoped_name(self, node: fx.Node, operation: str) -> str:

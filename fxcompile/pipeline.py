@@ -1,16 +1,19 @@
 """Pipelines as text and back: `fold-batchnorm, stack-kernels(rank=0.5, only=[features.*])`.
 
     pipeline := [pass {"," pass} [","]]
-    pass     := NAME ["(" [NAME "=" value {"," NAME "=" value}] ")"]
-    value    := number | "quoted" | true | false | none | "[" [value {"," value}] "]" | word
+    pass     := NAME ["(" [NAME "=" value {"," NAME "=" value} [","]] ")"]
+    value    := number | "quoted" | true | false | none | "[" [value {"," value} [","]] "]" | word
 
-A word is any text without blanks, commas, quotes or brackets, so globs need no quotes. Comments run from `#` to the
-end of the line. `parse_pipeline(format_pipeline(passes)) == passes` for every list of passes.
+A word is any text without blanks, commas, quotes or brackets, so globs need no quotes; what an option does not take as
+a number or constant it takes as text (`skip=[0, 3]` are layers of those names), and one value for a list is a list of
+one. Comments run from `#` to the end of the line. `parse_pipeline(format_pipeline(passes)) == passes` for every list
+of passes.
 """
 
 from __future__ import annotations
 
-import ast
+import enum
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,35 +22,36 @@ from typing import Any
 from pydantic import ValidationError
 
 from fxcompile.errors import PipelineError, did_you_mean
+from fxcompile.options import wanted
 from fxcompile.registry import find_pass
 from fxcompile.rewriting import Pass
 
 _TOKEN = re.compile(
-    r"""(?P<blank>(?:\s|\#[^\n]*)+)
+    r"""(?P<blank>(?:[\s\ufeff]|\#[^\n]*)+)
       | (?P<punct>[(),=\[\]])
       | (?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
-      | (?P<word>[^\s(),=\[\]"'#]+)""",
-    re.VERBOSE,
+      | (?P<word>[^\s\ufeff(),=\[\]"'#]+)""",
+    re.VERBOSE | re.DOTALL,
 )
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)", re.ASCII)
+_FLOAT = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|inf|nan)", re.ASCII)
 _CONSTANTS = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.)", re.DOTALL)
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
+_FORM = "write name(option=value, ...), name, ..."
 
 
-@dataclass(frozen=True)
-class _Token:
-    kind: str
-    text: str
-    start: int
-
-
-def parse_pipeline(text: str) -> list[Pass]:
+def parse_pipeline(text: str, source: str = "--passes") -> list[Pass]:
     """The passes that a pipeline text names, with their options checked.
+
+    Args:
+        source: what to call the text in errors: the option or the file that it comes from.
 
     Raises:
         PipelineError: the text does not parse, or names an unknown pass or option, or a value is out of range; with
             the column and, for a misspelling, the nearest right name.
     """
-    return _Parser(text).pipeline()
+    return _Parser(text, source).pipeline()
 
 
 def format_pipeline(passes: Sequence[Pass]) -> str:
@@ -61,46 +65,53 @@ def format_value(value: Any) -> str:
         return f"[{', '.join(map(format_value, value))}]"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
+    if isinstance(value, enum.Enum):
+        return format_value(value.value)
+    if isinstance(value, os.PathLike):
+        return format_value(os.fspath(value))
     if isinstance(value, str):
         matched = _TOKEN.fullmatch(value)
-        plain = matched is not None and matched.lastgroup == "word"
-        return value if plain and value not in _CONSTANTS and not _NUMBER.fullmatch(value) else _quoted(value)
+        plain = matched is not None and matched.lastgroup == "word" and literal(value) is value
+        return value if plain else _quoted(value)
     return repr(value)
 
 
+def literal(word: str) -> Any:
+    """A word as the number or constant it spells, or the word itself."""
+    if word in _CONSTANTS:
+        return _CONSTANTS[word]
+    if _INTEGER.fullmatch(word):
+        return int(word) if len(word) < 1000 else word
+    return float(word) if _FLOAT.fullmatch(word) else word
+
+
 def _quoted(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+    def escaped(char: str) -> str:
+        known = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", '"': '\\"'}
+        return known.get(char) or (char if char.isprintable() or ord(char) > 0xFFFF else f"\\u{ord(char):04x}")
+
+    return '"' + "".join(map(escaped, value)) + '"'
 
 
-def make_pass(name: str, options: dict[str, Any], place: str | None = None) -> Pass:
-    """A pass by name, its options validated.
+@dataclass(frozen=True)
+class _Token:
+    kind: str
+    text: str
+    start: int
 
-    Raises:
-        PipelineError: no such pass or option, or a value that the option does not take.
-    """
-    try:
-        kind = find_pass(name)
-    except PipelineError as error:
-        raise PipelineError(error.problem, place=place, mend=error.mend) from None
-    try:
-        return kind(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
-            problem, mend = f"pass '{name}' has no option '{option}'", did_you_mean(option, kind.model_fields)
-        else:
-            message = first["msg"].removeprefix("Value error, ")
-            problem = f"option '{option}' of pass '{name}' is {format_value(first['input'])}: {message}"
-            described = kind.model_fields[option].description if option in kind.model_fields else None
-            mend = f"it is the {described}" if described else "see `fxcompile passes " + name + "`"
-        raise PipelineError(problem, place=place, mend=mend) from None
+
+@dataclass(frozen=True)
+class _Value:
+    """An option's value: what it reads as, first choice first, and where it stands."""
+
+    readings: tuple[Any, ...]
+    start: int
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, source: str) -> None:
         self.text = text
+        self.source = source
         self.tokens: list[_Token] = []
         self.at = 0
         position = 0
@@ -112,91 +123,148 @@ class _Parser:
                 self.tokens.append(_Token(str(match.lastgroup), match.group(), position))
             position = match.end()
 
-    def error(self, problem: str, position: int, mend: str) -> PipelineError:
-        return PipelineError(problem, place=self.place(position), mend=mend)
+    # errors
 
-    def place(self, position: int) -> str:
+    def error(self, problem: str, position: int, mend: str | None) -> PipelineError:
         line = self.text.count("\n", 0, position) + 1
         column = position - (self.text.rfind("\n", 0, position) + 1) + 1
-        return f"--passes, column {column}" if line == 1 else f"--passes, line {line}, column {column}"
+        where = f"column {column}" if line == 1 else f"line {line}, column {column}"
+        return PipelineError(problem, place=f"{self.source}, {where}", mend=mend)
+
+    def unexpected(self, what: str, mend: str = _FORM) -> PipelineError:
+        found = f"'{self.tokens[self.at].text}'" if self.at < len(self.tokens) else "the end"
+        return self.error(f"{what} is wanted, not {found}", self.here, mend)
+
+    # tokens
 
     @property
     def here(self) -> int:
         return self.tokens[self.at].start if self.at < len(self.tokens) else len(self.text)
 
-    def peek(self, text: str) -> bool:
-        return self.at < len(self.tokens) and self.tokens[self.at].text == text
-
     def take(self, text: str) -> bool:
-        found = self.peek(text)
+        found = self.at < len(self.tokens) and self.tokens[self.at] == _Token("punct", text, self.here)
         self.at += found
         return found
 
-    def expect(self, text: str, after: str) -> None:
-        if not self.take(text):
-            found = f"'{self.tokens[self.at].text}'" if self.at < len(self.tokens) else "the end"
-            raise self.error(f"'{text}' is wanted after {after}, not {found}", self.here, "write name(option=value, ...)")
-
-    def word(self, what: str) -> tuple[str, int]:
-        position = self.here
+    def word(self, what: str) -> _Token:
         if self.at >= len(self.tokens) or self.tokens[self.at].kind != "word":
-            found = f"'{self.tokens[self.at].text}'" if self.at < len(self.tokens) else "the end"
-            raise self.error(f"{what} is wanted, not {found}", position, "write name(option=value, ...)")
+            raise self.unexpected(what)
         self.at += 1
-        return self.tokens[self.at - 1].text, position
+        return self.tokens[self.at - 1]
+
+    def more(self, closing: str, after: str) -> bool:
+        """After an item of a list in brackets: whether another follows; takes the comma, or the closing bracket."""
+        if self.take(closing):
+            return False
+        if not self.take(","):
+            raise self.unexpected(f"',' or '{closing}' after {after}")
+        return not self.take(closing)
+
+    # grammar
 
     def pipeline(self) -> list[Pass]:
         passes: list[Pass] = []
         while self.at < len(self.tokens):
-            name, position = self.word("a pass's name")
-            options = self.options(name) if self.take("(") else {}
-            passes.append(make_pass(name, options, self.place(position)))
-            if self.at < len(self.tokens):
-                self.expect(",", f"pass '{name}'")
+            name = self.word("a pass's name")
+            options = self.options(name.text) if self.take("(") else {}
+            passes.append(self.make(name, options))
+            if self.at < len(self.tokens) and not self.take(","):
+                raise self.unexpected(f"',' after pass '{name.text}'")
         return passes
 
-    def options(self, owner: str) -> dict[str, Any]:
-        options: dict[str, Any] = {}
-        while not self.take(")"):
-            if options:
-                self.expect(",", f"an option of '{owner}'")
-                if self.take(")"):
-                    break
-            name, position = self.word("an option's name")
-            self.expect("=", f"option '{name}'")
-            if name in options:
-                raise self.error(f"option '{name}' of pass '{owner}' is given twice", position, "keep one of them")
-            options[name] = self.value(name)
+    def options(self, owner: str) -> dict[str, _Value]:
+        options: dict[str, _Value] = {}
+        more = not self.take(")")
+        while more:
+            name = self.word("an option's name")
+            if not self.take("="):
+                raise self.unexpected(f"'=' after option '{name.text}'")
+            if name.text in options:
+                raise self.error(
+                    f"option '{name.text}' of pass '{owner}' is given twice", name.start, "keep one of them"
+                )
+            options[name.text] = _Value(self.value(name.text), name.start)
+            more = self.more(")", f"option '{name.text}'")
         return options
 
-    def value(self, option: str) -> Any:
+    def value(self, option: str) -> tuple[Any, ...]:
+        """What a value reads as: itself, then as text."""
         if self.take("["):
-            items: list[Any] = []
-            while not self.take("]"):
-                if items:
-                    self.expect(",", f"a value of '{option}'")
-                    if self.take("]"):
-                        break
+            items: list[tuple[Any, ...]] = []
+            more = not self.take("]")
+            while more:
                 items.append(self.value(option))
-            return tuple(items)
-        position = self.here
+                more = self.more("]", f"a value of '{option}'")
+            return tuple(item[0] for item in items), tuple(item[-1] for item in items)
         if self.at < len(self.tokens) and self.tokens[self.at].kind == "string":
             self.at += 1
+            return (self.unquoted(self.tokens[self.at - 1]),)
+        word = self.word(f"a value for '{option}'").text
+        return literal(word), word
+
+    def unquoted(self, token: _Token) -> str:
+        def plain(match: re.Match[str]) -> str:
+            code = match.group(1)
+            if len(code) > 1:
+                return chr(int(code[1:], 16))
+            if code not in _ESCAPES:
+                position = token.start + 1 + match.start()
+                raise self.error(f"'\\{code}' means nothing here", position, "write \\\\ for a backslash")
+            return _ESCAPES[code]
+
+        return _ESCAPE.sub(plain, token.text[1:-1])
+
+    # passes
+
+    def make(self, name: _Token, options: dict[str, _Value]) -> Pass:
+        """A pass by name, its options validated: each takes the first reading of its value that fits."""
+        try:
+            kind = find_pass(name.text)
+        except PipelineError as error:
+            raise self.error(error.problem, name.start, error.mend) from None
+        for option, value in options.items():
+            if option not in kind.model_fields:
+                problem, mend = f"pass '{name.text}' has no option '{option}'", did_you_mean(option, kind.model_fields)
+                raise self.error(problem, value.start, mend)
+        readings = {
+            option: [*value.readings, *((item,) for item in value.readings)] for option, value in options.items()
+        }
+        first: ValidationError | None = None
+        while True:
             try:
-                return ast.literal_eval(self.tokens[self.at - 1].text)
-            except (SyntaxError, ValueError):
-                raise self.error(f"the text of '{option}' does not parse", position, "escape backslashes") from None
-        text, _ = self.word(f"a value for '{option}'")
-        if text in _CONSTANTS:
-            return _CONSTANTS[text]
-        return ast.literal_eval(text.lstrip("+")) if _is_number(text) else text
+                made = kind(**{option: values[0] for option, values in readings.items()})
+            except ValidationError as error:
+                first = first or error
+                wrong = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
+                if not wrong or any(len(readings.get(option, ())) < 2 for option in wrong):
+                    raise self.refusal(kind, first, name, options) from None
+                for option in wrong:
+                    readings[option].pop(0)
+                continue
+            for option, values in readings.items():
+                if isinstance(values[0], bool) and not isinstance(getattr(made, option), bool):
+                    raise self.misfit(kind, option, options[option])
+            return made
 
+    def refusal(
+        self, kind: type[Pass], error: ValidationError, name: _Token, options: dict[str, _Value]
+    ) -> PipelineError:
+        """What pydantic found, as a sentence."""
+        found = error.errors()[0]
+        option = str(found["loc"][0]) if found["loc"] else ""
+        message = found["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if option not in options:
+            problem = f"pass '{name.text}' needs option '{option}'" if option else f"pass '{name.text}': {message}"
+            mend = f"give {wanted(kind.model_fields[option])}" if option else f"see fxcompile passes {name.text}"
+            return self.error(problem, name.start, mend)
+        own = found["type"] in ("value_error", "assertion_error")
+        return self.misfit(kind, option, options[option], f" ({message})" if own else "")
 
-def _is_number(text: str) -> bool:
-    if not _NUMBER.fullmatch(text):
-        return False
-    try:
-        ast.literal_eval(text.lstrip("+"))
-    except (SyntaxError, ValueError):  # 007
-        return False
-    return True
+    def misfit(self, kind: type[Pass], option: str, value: _Value, why: str = "") -> PipelineError:
+        info = kind.model_fields[option]
+        detail = f": {info.description}" if info.description else ""
+        return self.error(
+            f"option '{option}' of pass '{kind.name}' cannot be {format_value(value.readings[0])}{why}",
+            value.start,
+            f"give {wanted(info)}{detail}",
+        )

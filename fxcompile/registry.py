@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from importlib.metadata import EntryPoint, entry_points
 
+from fxcompile.contracts import Contract
 from fxcompile.errors import PipelineError, did_you_mean
 from fxcompile.rewriting import Pass
 
@@ -25,7 +26,7 @@ def find_pass(name: str) -> type[Pass]:
     """The class of a pass.
 
     Raises:
-        PipelineError: there is none of that name, or its package cannot be imported.
+        PipelineError: there is none of that name, or its package cannot be imported, or what it names is no pass.
     """
     entry = _entries().get(name)
     if entry is None:
@@ -33,9 +34,18 @@ def find_pass(name: str) -> type[Pass]:
     try:
         found = entry.load()
     except Exception as error:  # another package's import may fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise PipelineError(
-            f"pass '{name}' cannot be loaded from {entry.value}: {error}", mend="reinstall the package that brings it"
+            f"pass '{name}' cannot be loaded from {entry.value}: {reason}",
+            mend="reinstall the package that brings it",
         ) from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise PipelineError(f"entry point '{name}' is no subclass of fxcompile.Pass", mend=f"correct {entry.value}")
+    declared = getattr(found, "name", None)
+    if declared != name:
+        raise PipelineError(
+            f"entry point '{name}' leads to a pass that calls itself {declared!r}", mend=f"give {entry.value} one name"
+        )
+    if not isinstance(getattr(found, "contract", None), Contract):
+        raise PipelineError(f"pass '{name}' declares no contract", mend=f"add one to {entry.value}")
     return found

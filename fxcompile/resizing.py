@@ -31,6 +31,9 @@ SIZED: dict[Any, int] = {
 }
 """Functions that make a tensor of given sizes, and which argument those are."""
 
+CREATION = (torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.linspace, torch.eye)
+"""Functions that make a tensor from numbers."""
+
 Shape = tuple[int, ...]
 
 
@@ -81,7 +84,7 @@ class Shapes:
             return None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: values[item])  # type: ignore[misc]
         function: Any = self._layer(str(node.target)) if node.op == "call_module" else node.target
-        if node.target in SIZED and node.target not in (torch.Tensor.expand, torch.Tensor.repeat, F.affine_grid):
+        if node.target in CREATION:
             kwargs = {**kwargs, "device": "meta"}
         try:
             with torch.no_grad():
@@ -143,17 +146,38 @@ class BatchFreer:
         self.size = self.original[self.batch][0] if self.batch is not None else 0
         self.values: dict[fx.Node, Any] = {}
         self._batch_node: fx.Node | None = None
+        self._outside: dict[fx.Node, int] = {}
+        self._choices: dict[fx.Node, list[tuple[int, int]]] = {}
+        self._forced: dict[fx.Node, list[tuple[int, int]]] = {}
 
     def run(self) -> dict[fx.Node, Any]:
         """The values for the larger batch, the graph rewritten where it had to be."""
         if self.batch is None:
             return {}
-        for node in list(self.graph.nodes):
+        nodes, position, attempts = list(self.graph.nodes), 0, 0
+        while position < len(nodes):
+            node = nodes[position]
             try:
                 self.values[node] = self._step(node)
+                position += 1
             except DoesNotFit:
-                break
+                back = self._other_choice()
+                attempts += 1
+                if back is None or attempts > 200:
+                    break
+                position = nodes.index(back)
+                for later in nodes[position:]:
+                    self.values.pop(later, None)
         return self.values
+
+    def _other_choice(self) -> fx.Node | None:
+        """The last reshape that could have gone another way, which it now does."""
+        while self._choices:
+            node, waiting = self._choices.popitem()
+            if waiting:
+                self._forced[node] = waiting
+                return node
+        return None
 
     def batch_node(self) -> fx.Node:
         """The node for the size of the batch, made when it is first asked for."""
@@ -167,7 +191,8 @@ class BatchFreer:
         return self._batch_node
 
     def _step(self, node: fx.Node) -> Any:
-        if node.target is torch.reshape:
+        self._outside[node] = next((self._outside[item] for item in node.all_input_nodes if self.grown(item)), 1)
+        if node.target in (torch.reshape, torch.flatten):
             self._free_reshape(node)
         elif node.target is torch.Tensor.expand:
             self._free_expand(node)
@@ -181,16 +206,21 @@ class BatchFreer:
         return _shapes(self.values.get(node)) != _shapes(self.base.get(node))
 
     def _free_reshape(self, node: fx.Node) -> None:
-        source, sizes = node.args
-        before, after = _shapes(self.base.get(source)), _shapes(self.base.get(node))  # type: ignore[arg-type]
-        now = _shapes(self.values.get(source))  # type: ignore[arg-type]
-        if not isinstance(sizes, tuple) or not all(isinstance(size, int) for size in sizes):
-            return
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        before, now, after = (_shapes(values.get(item)) for values, item in
+                              ((self.base, source), (self.values, source), (self.base, node)))  # fmt: skip
         if now == before or math.prod(before) == 0:
             return
-        axis = following_axis(before, now, after, self.size)
-        if axis is not None:
+        ways = self._forced.pop(node, None) or ways_to_follow(before, now, after, self.size, self._outside[source])
+        if not ways:
+            return
+        (axis, outside), *others = ways
+        self._outside[node] = outside
+        sizes = node.args[1]
+        if node.target is torch.reshape and isinstance(sizes, tuple) and all(isinstance(size, int) for size in sizes):
             node.args = (source, tuple(-1 if position == axis else size for position, size in enumerate(after)))
+            self._choices[node] = others
 
     def _free_expand(self, node: fx.Node) -> None:
         source, sizes = node.args
@@ -279,32 +309,36 @@ def _shapes(value: Any) -> Any:
     return value
 
 
-def following_axis(before: Shape, now: Shape, after: Shape, batch: int) -> int | None:
-    """The axis of a reshaped tensor that grows with the batch.
+def ways_to_follow(before: Shape, now: Shape, after: Shape, batch: int, outside: int) -> list[tuple[int, int]]:
+    """The axes of a reshaped tensor that may grow with the batch, the likeliest first.
 
     Args:
         before: shape of the source for the example's batch.
-        now: its shape for a larger batch; one axis is longer, the batch outermost in it.
+        now: its shape for a larger batch; one axis is longer.
         after: shape of the result for the example's batch.
         batch: size of the example's batch.
+        outside: how many elements of something else the longer axis holds outside the batch.
 
-    A step along the batch is a step of so many elements. The axis looked for holds that step: it is an axis of one
-    element with that stride, or one whose elements reach from it to `batch` times it.
+    Returns:
+        Each axis with what it then holds outside the batch.
+
+    A step along the batch is a step of so many elements. The axis looked for reaches from that step to `batch` times
+    it. For a batch of one that is a point: an axis of one element there, else the axis that ends or starts there.
     """
     longer = [axis for axis, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
-    if len(longer) != 1 or before[longer[0]] % batch:
-        return None
-    step = before[longer[0]] // batch * math.prod(before[longer[0] + 1 :])
+    if len(longer) != 1 or before[longer[0]] % (batch * outside):
+        return []
+    step = before[longer[0]] // (batch * outside) * math.prod(before[longer[0] + 1 :])
     strides = [math.prod(after[axis + 1 :]) for axis in range(len(after))]
-    if batch == 1:
-        for axis, (size, stride) in enumerate(zip(after, strides, strict=True)):
-            if size == 1 and stride == step:
-                return axis
-        for axis, (size, stride) in enumerate(zip(after, strides, strict=True)):
-            if size * stride == step:
-                return axis
-        return None
-    for axis, (size, stride) in enumerate(zip(after, strides, strict=True)):
-        if stride <= step and step * batch <= stride * size and step % stride == 0 and (stride * size) % (step * batch) == 0:
-            return axis
-    return None
+    holding = [
+        (axis, stride * size // (step * batch))
+        for axis, (size, stride) in enumerate(zip(after, strides, strict=True))
+        if stride <= step and step % stride == 0 and step * batch <= stride * size and (stride * size) % (step * batch) == 0
+    ]
+    if batch > 1:
+        return holding[:1]
+    alone = [way for way in holding if after[way[0]] == 1]
+    inside = [way for way in holding if way[1] > 1 and strides[way[0]] < step]
+    ends = [way for way in holding if way[1] == 1 and after[way[0]] > 1]
+    starts = [way for way in holding if way[1] > 1 and strides[way[0]] == step]
+    return alone or inside or ends + starts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,12 +21,14 @@ class Signature:
     Attributes:
         names: one for each tensor, after the parameter of forward that holds it.
         tensors: the example's tensors.
-        parameters: the names of the parameters of forward, positional ones first, in the order of `spec`.
+        parameters: the names of the parameters of forward, positional ones first.
+        takes_any_number: whether forward takes `*args`.
     """
 
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     parameters: tuple[str, ...]
+    takes_any_number: bool
     _leaves: tuple[Any, ...]
     _places: tuple[int, ...]
     _spec: pytree.TreeSpec
@@ -34,18 +36,19 @@ class Signature:
     @classmethod
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
         """The signature of a model's forward for an example call."""
-        return cls._make(parameter_names(model.forward, args, kwargs), args, kwargs)
+        made = cls._make(parameter_names(model.forward, args, kwargs), args, kwargs)
+        return replace(made, takes_any_number=any(item.kind is item.VAR_POSITIONAL for item in parameters_of(model.forward)))
 
     @classmethod
     def of_exported(cls, exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
         """The signature of an exported program, whose inputs have the names of the model that was exported."""
-        count = len(pytree.tree_leaves((args, kwargs)))
-        names = list(exported.graph_signature.user_inputs)
-        simple = len(names) == count and len(args) + len(kwargs) == count and not kwargs
-        parameters = tuple(str(name) for name in names) if simple else None
-        if parameters is None:
-            parameters = (*(f"input_{index}" for index in range(len(args))), *kwargs)
-        return cls._make(parameters, args, kwargs)
+        known = exported.module_call_graph[0].signature if exported.module_call_graph else None
+        names = list(getattr(known, "forward_arg_names", None) or ())
+        if len(names) < len(args):
+            flat = [str(name) for name in exported.graph_signature.user_inputs]
+            simple = len(flat) == len(args) and not kwargs
+            names = flat if simple else [f"input_{index}" for index in range(len(args))]
+        return cls._make((*names[: len(args)], *kwargs), args, kwargs)
 
     @classmethod
     def _make(cls, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
@@ -66,7 +69,7 @@ class Signature:
                 name += "_"
             names.append(name)
         tensors = tuple(leaves[place].detach() for place in places)
-        return cls(tuple(names), tensors, parameters, tuple(leaves), tuple(places), spec)
+        return cls(tuple(names), tensors, parameters, False, tuple(leaves), tuple(places), spec)
 
     def call(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments of the example call, with other tensors."""
@@ -116,16 +119,17 @@ class Signature:
         return f"({', '.join(parts)})"
 
 
+def parameters_of(forward: Any) -> list[inspect.Parameter]:
+    """The parameters of a function, none where it has no signature."""
+    try:
+        return list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
 def parameter_names(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
     """The parameter of forward that each positional argument goes to, then the keywords."""
-    try:
-        known = [
-            parameter
-            for parameter in inspect.signature(forward).parameters.values()
-            if parameter.kind is not parameter.KEYWORD_ONLY and parameter.kind is not parameter.VAR_KEYWORD
-        ]
-    except (TypeError, ValueError):
-        known = []
+    known = [item for item in parameters_of(forward) if item.kind not in (item.KEYWORD_ONLY, item.VAR_KEYWORD)]
     names: list[str] = []
     for index in range(len(args)):
         if index < len(known) and known[index].kind is not inspect.Parameter.VAR_POSITIONAL:

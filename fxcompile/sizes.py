@@ -107,6 +107,7 @@ class Settler:
         merged = merged_axes(seen)
         if merged is not None:
             node.target, node.args = torch.flatten, (source, *merged)
+            node._rename("flatten")
             return
         free = [axis for axis in range(len(after)) if len({shape[axis] for _, shape in seen}) > 1]
         if len(given) != len(after):
@@ -130,6 +131,8 @@ class Settler:
             fixed = len({new[axis] for _, new in seen}) == 1
             held.append(-1 if same else after[axis] if fixed else size)
         node.args = (source, tuple(held))
+        if not added and all(isinstance(size, int) and size == -1 for size in held):
+            node.replace_all_uses_with(source)
 
 
 def _size(value: Any) -> int | None:
@@ -188,3 +191,12 @@ def fold_constants(graph: fx.Graph, root: nn.Module) -> None:
         made.meta.update(node.meta)
         record_shape(made, values[node])
         node.replace_all_uses_with(made)
+
+
+def record_missing_shapes(graph: fx.Graph, root: nn.Module) -> None:
+    """Note the shapes of the nodes that stand for no single node of the raw graph."""
+    if all("tensor_meta" in node.meta for node in graph.nodes if node.op != "output"):
+        return
+    for node, value in Shapes(graph, root).run(inputs_of(graph)).items():
+        if "tensor_meta" not in node.meta:
+            record_shape(node, value)

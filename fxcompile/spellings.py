@@ -213,12 +213,17 @@ DROPPED = frozenset("""
 
 RANDOM = frozenset("""
     rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like uniform random
-    exponential geometric cauchy log_normal new_random gumbel_softmax native_dropout
+    exponential geometric cauchy log_normal gumbel_softmax native_dropout
 """.split())
 """Operations that draw random numbers."""
 
-CREATION = frozenset("zeros ones full empty arange linspace eye zeros_like ones_like full_like".split())
-"""Operations that make a tensor from numbers."""
+TAKES_NUMBERS = frozenset("item _local_scalar_dense tolist numpy".split())
+"""Operations that leave tensors for Python's numbers."""
+
+UNKNOWN_SHAPE = frozenset("""
+    nonzero nonzero_numpy argwhere masked_select unique _unique2 unique_consecutive unique_dim bincount
+""".split())
+"""Operations whose result has a shape that depends on values."""
 
 DTYPE_METHODS: dict[str, torch.dtype] = {
     "float": torch.float32,

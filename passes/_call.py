@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 class Call(nn.Module):
@@ -17,5 +17,14 @@ class Call(nn.Module):
         self.args = args
         self.kwargs = kwargs
 
+    @classmethod
+    def of(cls, node: fx.Node) -> Call:
+        """The call of a function node whose only input is its first argument."""
+        assert callable(node.target)
+        return cls(node.target, *node.args[1:], **node.kwargs)
+
     def forward(self, x: Tensor) -> Any:
         return self.function(x, *self.args, **self.kwargs)
+
+    def _get_name(self) -> str:
+        return str(getattr(self.function, "__name__", self.function))

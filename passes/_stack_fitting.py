@@ -42,18 +42,34 @@ def stack(
     target, kernels = split(weight, groups), stage_kernels(weight.shape[2:])
     if len(widths) != len(kernels) - 1 or any(m < groups or m % groups for m in widths):
         raise ValueError(f"{len(kernels) - 1} widths that are multiples of {groups} are wanted, not {list(widths)}")
+    shape = [m // groups for m in widths]
     if not bool(target.isfinite().all()):
         raise ValueError("the weight holds values that are not finite")
     norm = target.flatten(1).norm(dim=1).clamp_min(1e-300)
     target = target / _like(norm, target)
-    starts = (
-        4 if math.prod(weight.shape[:2]) <= 4 * groups else 1
-    )  # depthwise: local minima differ, and starts cost nothing
-    target = target.repeat(starts, *[1] * (target.dim() - 1))
-    stages, history = _fit(target, [m // groups for m in widths], kernels, generator, sweeps, limit, groups)
-    best = history[-1].reshape(starts, groups).argmin(0) * groups + torch.arange(groups, device=target.device)
+    if math.prod(weight.shape[:2]) <= 4 * groups:
+        stages = _best_of(4, target, shape, kernels, generator, limit)
+        stages = _alternate(target, stages, sweeps, limit)
+    else:
+        stages = _fit(target, shape, kernels, generator, sweeps, limit, groups)
     scale = norm.pow(1 / len(stages))
-    return [(x[best] * _like(scale, x)).flatten(0, 1) for x in stages]
+    return [(x * _like(scale, x)).flatten(0, 1) for x in stages]
+
+
+def _best_of(
+    starts: int,
+    target: Tensor,
+    widths: list[int],
+    kernels: list[tuple[int, ...]],
+    generator: torch.Generator,
+    limit: float,
+) -> list[Tensor]:
+    """Group by group the best of several short fits, for depthwise layers: many local minima, and cheap sweeps."""
+    groups, repeated = len(target), target.repeat(starts, *[1] * (target.dim() - 1))
+    stages = _fit(repeated, widths, kernels, generator, 10, limit, groups)
+    errors = _error(repeated, stages).reshape(starts, groups)
+    best = errors.argmin(0) * groups + torch.arange(groups, device=target.device)
+    return [x[best] for x in stages]
 
 
 def _fit(
@@ -64,8 +80,8 @@ def _fit(
     sweeps: int | None,
     limit: float,
     seen: int,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Stages of `target` [g, O, C, *k], and the history of the objective; groups after `seen` start at random.
+) -> list[Tensor]:
+    """Stages of `target` [g, O, C, *k]; groups after the first `seen` start at random.
 
     If W is the chain (rest, last), each window W[o, :, u + .] of the size of `rest` is a sum of shifted kernels of
     `rest`: the leading right singular vectors of all windows are those kernels, up to shifts. `rest` is fitted first.
@@ -81,7 +97,7 @@ def _fit(
     start[:seen, : found.shape[1]] = found
     early = [start.unflatten(2, (target.shape[2], *rest))]
     if len(kernels) > 2:
-        early, _ = _fit(early[0], widths[:-1], kernels[:-1], generator, sweeps, limit, seen)
+        early = _fit(early[0], widths[:-1], kernels[:-1], generator, sweeps, limit, seen)
     last = target.new_zeros(*target.shape[:2], widths[-1], *kernels[-1])
     return _alternate(target, [*early, last], sweeps, limit)
 
@@ -99,45 +115,52 @@ def _leading(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return (scale[:, :, None] * (vectors @ sketch.mT))[:, :count]
 
 
-def _alternate(
-    target: Tensor, stages: list[Tensor], sweeps: int | None, limit: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Stages after the sweeps (`stages[-1]` may be zero before), and the objective of each group after each sweep.
+def _alternate(target: Tensor, stages: list[Tensor], sweeps: int | None, limit: float) -> list[Tensor]:
+    """The stages after the sweeps; `stages[-1]` is found first. A group that has settled drops out.
 
     After a sweep the stages are extrapolated along their last change, further each time that lowers the objective.
     """
-    grid, wanted = target.shape[3:], spectrum(target, target.shape[3:])
+    grid = target.shape[3:]
     sweeps = sweeps or min(max(int(_FLOPS / _work(stages, grid)), _SWEEPS[0]), _SWEEPS[1])
     decay = max(0.5, 1e-5 ** (3 / sweeps))
-    ridge = target.new_full((len(target),), _START_RIDGE)
-    step, squared = torch.ones_like(ridge), target.flatten(1).square().sum(1).clamp_min(1e-300)
-
-    def objective(stages: list[Tensor]) -> tuple[Tensor, Tensor]:
-        error = (target - taps(chain([spectrum(x, grid) for x in stages]), grid)).flatten(1).square().sum(1)
-        return error, error + ridge * sum(x.flatten(1).square().sum(1) for x in stages)
-
+    wanted, squared = spectrum(target, grid), target.flatten(1).square().sum(1)
+    ridge, step = torch.full_like(squared, _START_RIDGE), torch.ones_like(squared)
+    active, reached = torch.arange(len(target), device=target.device), torch.full_like(squared, math.inf)
     stages = balance([*stages[:-1], _solve(wanted, stages, len(stages) - 1, grid, ridge)])
-    history = [objective(stages)[1]]
+    result = [x.clone() for x in stages]
     for sweep in range(sweeps):
-        before = stages
-        for stage in range(len(stages)):
-            stages = [*stages[:stage], _solve(wanted, stages, stage, grid, ridge), *stages[stage + 1 :]]
+        before, last = stages, reached
+        for at in range(len(stages)):
+            stages = [*stages[:at], _solve(wanted, stages, at, grid, ridge), *stages[at + 1 :]]
         stages = balance(stages)
-        error, reached = objective(stages)
+        reached = _error(target, stages, ridge)
         if sweep:
             further = [x + _like(step, x) * (x - y) for x, y in zip(stages, before, strict=True)]
-            their_error, theirs = objective(further)
+            theirs = _error(target, further, ridge)
             better = theirs < reached
             stages = [torch.where(_like(better, x), y, x) for x, y in zip(stages, further, strict=True)]
-            error, reached = torch.where(better, their_error, error), torch.where(better, theirs, reached)
+            reached = torch.where(better, theirs, reached)
             step = torch.where(better, step * 1.5, (step / 3).clamp_min(0.5))
-        history.append(reached)
-        settled = (error <= 1e-24 * squared) | (history[-2] - reached <= 2 * _CONVERGED * reached)
-        if bool((settled & (ridge < 1e-8)).all()) and sweep >= _SWEEPS[0]:
-            break
+        done = (last - reached <= 2 * _CONVERGED * reached) | (reached <= 1e-24 * squared)
+        done &= (ridge < 1e-8) & (sweep >= _SWEEPS[0])
+        done |= sweep == sweeps - 1
+        if bool(done.any()):
+            for whole, x in zip(result, stages, strict=True):
+                whole[active[done]] = x[done]
+            held = (active, target, wanted, squared, ridge, step, reached, *stages)
+            active, target, wanted, squared, ridge, step, reached, *stages = (x[~done] for x in held)
+            if not len(active):
+                break
         cancelling = squares(stages) > limit**2 * squared
         ridge = torch.where(cancelling, ridge * 3 + 1e-9, torch.where(ridge > 1e-14, ridge * decay, 0))
-    return stages, history
+    return result
+
+
+def _error(target: Tensor, stages: Sequence[Tensor], ridge: Tensor | None = None) -> Tensor:
+    """[g]: |W - chain|^2, plus ridge times sum |X_i|^2."""
+    grid = target.shape[3:]
+    error = (target - taps(chain([spectrum(x, grid) for x in stages]), grid)).flatten(1).square().sum(1)
+    return error if ridge is None else error + ridge * sum(x.flatten(1).square().sum(1) for x in stages)
 
 
 def _solve(wanted: Tensor, stages: list[Tensor], at: int, grid: torch.Size, ridge: Tensor) -> Tensor:
@@ -241,7 +264,7 @@ def _work(stages: list[Tensor], grid: torch.Size) -> float:
     """Floating-point operations of a sweep, roughly."""
     groups, points = len(stages[0]), math.prod(grid)
     outputs, inputs = stages[-1].shape[1], stages[0].shape[2]
-    work = 1e6  # calls cost as much
+    work = 2e7 + 5e6 * groups  # calls cost as much
     for x in stages:
         rows, columns, size = x.shape[1], x.shape[2], math.prod(x.shape[3:])
         shared, unknowns = (rows, columns * size) if x is not stages[0] else (columns, rows * size)

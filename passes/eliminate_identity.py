@@ -3,127 +3,237 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Exact
 from fxcompile.program import Program, dtype_of, shape_of
+from fxcompile.resizing import Shapes, inputs_of, larger_maps
 from fxcompile.rewriting import Pass, Site, Skip
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-IDEMPOTENT = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
-"""Activations f with f(f(x)) = f(x)."""
-POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d,
-            nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)  # fmt: skip
+from ._call import Call
+from ._channels import title
+from ._ranges import UNCHANGED, evidence, lookup, what_of
+
+Rule = Callable[[Any], bool]
+"""Whether a call gives its input: from the layer, or from the arguments of a function after its input."""
+
+
+def always(what: Any) -> bool:
+    """In eval mode it is one."""
+    return True
+
+
+def ones(sizes: Any) -> bool:
+    """Whether a size is 1 on all axes."""
+    return all(size == 1 for size in (sizes if isinstance(sizes, (tuple, list)) else (sizes,)))
+
+
+def one_pixel(pool: Any) -> bool:
+    """A pool that takes each pixel by itself."""
+    return ones(pool.kernel_size) and ones(pool.stride) and getattr(pool, "divisor_override", None) in (None, 1)
+
+
+def number(wanted: int) -> Rule:
+    """The operand is that very number, not a tensor."""
+    return lambda args: isinstance(args[0], (int, float)) and not isinstance(args[0], bool) and args[0] == wanted
+
+
+def slices(args: Any) -> bool:
+    """An index of nothing but slices."""
+    return all(
+        isinstance(item, slice) or item is Ellipsis for item in (args[0] if isinstance(args[0], tuple) else args)
+    )
+
+
+LAYERS: dict[type[nn.Module], Rule] = {
+    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), always),
+    **dict.fromkeys((nn.AlphaDropout, nn.FeatureAlphaDropout), always),
+    **{getattr(nn, f"{kind}Pool{dims}d"): one_pixel for kind in ("Max", "Avg") for dims in (1, 2, 3)},
+    nn.PixelShuffle: lambda layer: layer.upscale_factor == 1,
+    nn.PixelUnshuffle: lambda layer: layer.downscale_factor == 1,
+    nn.ChannelShuffle: lambda layer: layer.groups == 1,
+}
+FUNCTIONS: dict[Any, Rule] = {
+    operator.mul: number(1),
+    operator.truediv: number(1),
+    operator.add: number(0),
+    operator.sub: number(0),
+    torch.pow: number(1),
+    torch.permute: lambda args: list(args[0]) == sorted(args[0]),
+    torch.transpose: lambda args: args[0] == args[1],
+    torch.clone: lambda args: not args,
+    torch.cat: always,  # of one tensor
+    torch.Tensor.to: lambda args: len(args) == 1 and isinstance(args[0], torch.dtype),
+    **dict.fromkeys((torch.Tensor.float, torch.Tensor.double, torch.Tensor.half), lambda args: not args),
+    F.pad: lambda args: isinstance(args[0], (tuple, list)) and all(amount == 0 for amount in args[0]),
+}
+"""Identities wherever their input and output have one shape and dtype."""
+
+RESIZING: dict[Any, Rule] = {
+    **{getattr(nn, f"Adaptive{kind}Pool{dims}d"): always for kind in ("Avg", "Max") for dims in (1, 2, 3)},
+    nn.Unflatten: always,
+    **dict.fromkeys((torch.reshape, torch.flatten, torch.squeeze, torch.Tensor.expand), always),
+    operator.getitem: slices,
+}
+"""Identities if input and output have one shape whatever the size of the network's input."""
+
+ORDERS = (torch.permute, torch.transpose)
+SHAPES = (torch.reshape, torch.flatten)
+PARTS = (torch.chunk, torch.split, torch.unbind)
 
 
 class EliminateIdentity(Pass):
     """x -> identity -> y  =>  x -> y
 
-    Identities are: `nn.Identity`; dropout (in eval mode); reshape, flatten, permute, transpose and expand that change
-    nothing; a cat of one tensor; padding by 0; a pool or interpolation of one pixel to the same size; a cast to the
-    dtype that the tensor has; multiplying or dividing by 1 and adding 0; an idempotent activation that follows
-    itself. Code whose result nothing uses goes too. Shapes are those of the example inputs; where a shape may differ
-    for other batch sizes, the operation stays.
+    Identities are: `nn.Identity`; dropout (in eval mode); reshape, flatten, permute, expand, slices and adaptive pools
+    that change nothing; a cat of one tensor; padding by 0; a pool or interpolation of one pixel to the same size;
+    multiplying or dividing by 1 and adding 0; an activation on values that it leaves as they are, as ReLU after ReLU
+    or after a max pool of one. Of two permutations or reshapes in a row one stays, or none. What only fits the size
+    of the example inputs stays: a squeeze that would take a batch of one, a pool to the size which the map just has.
+    Code whose result nothing uses goes too.
     """
 
     name: ClassVar = "eliminate-identity"
     contract: ClassVar = Exact()
 
     def sites(self, program: Program) -> Iterator[Site | Skip]:
-        """Each node that gives its input, in the order of the data."""
-        free = program.batch_is_free
+        """Each node that gives its input, and each pair that is no more than one, in the order of the data."""
+        sizes = _Sizes(program)
+        taken: set[fx.Node] = set()
         for node in program.graph.nodes:
             if node.op not in ("call_module", "call_function") or not node.all_input_nodes:
                 continue
-            layer = program.layer(node)
-            if layer is not None:
-                if layer_is_identity(program, node, layer):
-                    yield Site.of(program, node)
-            elif function_is_identity(node, free):
-                yield Site.of(program, node)
+            found = single(program, node, sizes) or repeated(program, node) or pair(program, node, sizes)
+            if found is None or taken & set(found):
+                continue
+            shared = next((item for item in found[:-1] if len(item.users) > 1), None)
+            if shared is None:
+                taken.update(found)
+                yield Site.of(program, *found, name=title(node))
+            elif node.op == "call_module":
+                yield Skip.of(
+                    node, f"the output of '{title(shared)}', after which it changes nothing, is used elsewhere"
+                )
 
     def rewrite(self, site: Site) -> list[nn.Module]:
-        """Nothing."""
-        return []
+        """Nothing for an identity; of two operations the one that does for both; of a chain all but its last layer."""
+        if len(site.nodes) == 1:
+            return []
+        first, last = site.nodes[0], site.nodes[-1]
+        if last.target in ORDERS:
+            order = composed(order_of(first), order_of(last))
+            return [] if order == sorted(order) else [Call(torch.permute, tuple(order))]
+        if last.target in SHAPES:
+            return [] if site.input_shape == site.output_shape else [Call(torch.reshape, last.args[1])]
+        if first.target in PARTS:
+            return []
+        layers = iter(site.layers)
+        chain = [next(layers) if node.op == "call_module" else Call.of(node) for node in site.nodes]
+        return chain[:-1]
 
 
-def layer_is_identity(program: Program, node: fx.Node, layer: nn.Module) -> bool:
-    """Whether a call of a layer gives its input."""
+class _Sizes:
+    """The shapes that a program's nodes have for inputs of other sizes; computed once, when they are asked for."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    @cached_property
+    def runs(self) -> list[dict[fx.Node, Any]]:
+        """What each node gives, for a batch of one, a larger one, and larger maps, as far as the network takes them."""
+        graph, inputs = self.program.graph, inputs_of(self.program.graph)
+        axes = {spec.name: spec.batch_axis for spec in self.program.inputs}
+        shapes = Shapes(graph, self.program.module)
+
+        def with_batch(grow: int) -> dict[fx.Node, tuple[int, ...]]:
+            return {
+                node: tuple(
+                    (size + grow if grow else 1) if axis == axes.get(str(node.target)) else size
+                    for axis, size in enumerate(shape)
+                )
+                for node, shape in inputs.items()
+            }
+
+        wanted = [with_batch(0), with_batch(1)] if self.program.batch_is_free else []
+        base = shapes.run(inputs)
+        runs = [*(shapes.run(sizes) for sizes in wanted), shapes.run(larger_maps(inputs), base)]
+        return [run for run in runs if len(run) == len(graph.nodes)]
+
+    def same(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether two nodes have one shape at all sizes."""
+        return all(
+            isinstance(run[node], Tensor) and isinstance(run[source], Tensor) and run[node].shape == run[source].shape
+            for run in self.runs
+        )
+
+
+def single(program: Program, node: fx.Node, sizes: _Sizes) -> tuple[fx.Node, ...] | None:
+    """The node, if it gives its only input."""
     source = node.all_input_nodes[0]
-    if isinstance(layer, (nn.Identity, *DROPOUTS)):
-        return True
-    if isinstance(layer, IDEMPOTENT):
-        before = program.layer(source)
-        same = type(before) is type(layer)
-        return same and (not isinstance(layer, nn.Hardtanh) or same_bounds(layer, before))
-    if isinstance(layer, POOLS):
-        return shape_of(node) == shape_of(source) and ones(layer.kernel_size) and ones(layer.stride)
-    if isinstance(layer, ADAPTIVE):
-        return shape_of(node) == shape_of(source) and ones(layer.output_size)
-    if isinstance(layer, (nn.PixelShuffle, nn.PixelUnshuffle)):
-        return shape_of(node) == shape_of(source)
-    return isinstance(layer, nn.ChannelShuffle) and layer.groups == 1
+    if len(node.all_input_nodes) != 1 or shape_of(node) is None:
+        return None
+    if shape_of(source) != shape_of(node) or dtype_of(source) != dtype_of(node):
+        return None
+    kind, what = what_of(program, node)
+    if kind is F.interpolate:
+        scale = node.kwargs.get("scale_factor")
+        found = ones(scale) if scale is not None else sizes.same(node, source)
+    elif node.kwargs:
+        found = False
+    elif kind in RESIZING:
+        found = RESIZING[kind](what) and sizes.same(node, source)
+    else:
+        rule = LAYERS.get(kind) or FUNCTIONS.get(kind)
+        found = rule is not None and rule(what)
+    return (node,) if found else None
 
 
-def same_bounds(layer: nn.Hardtanh, before: nn.Module | None) -> bool:
-    """Whether two hardtanh clip to the same interval."""
-    return isinstance(before, nn.Hardtanh) and (layer.min_val, layer.max_val) == (before.min_val, before.max_val)
+def repeated(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | None:
+    """An activation after nodes whose values it leaves as they are: all of them."""
+    limits = lookup(UNCHANGED, program, node)
+    before = evidence(program, node.all_input_nodes[0], limits) if limits is not None else None
+    return None if before is None else (*before, node)
 
 
-def ones(sizes: object) -> bool:
-    """Whether a size is 1 on all axes."""
-    return all(size == 1 for size in (sizes if isinstance(sizes, (tuple, list)) else (sizes,)))
+def pair(program: Program, node: fx.Node, sizes: _Sizes) -> tuple[fx.Node, ...] | None:
+    """Two permutations, two reshapes, or a tensor split into one part: as one."""
+    first = node.all_input_nodes[0]
+    if len(node.all_input_nodes) != 1 or len(first.all_input_nodes) != 1 or len(first.users) != 1:
+        return None
+    source = first.all_input_nodes[0]
+    if node.target in ORDERS and first.target in ORDERS:
+        return first, node
+    if node.target in SHAPES and first.target in SHAPES:
+        identity = shape_of(node) == shape_of(source)
+        return (first, node) if (sizes.same(node, source) if identity else reshapes_alone(node)) else None
+    if node.target is operator.getitem and first.target in PARTS and shape_of(node) == shape_of(source):
+        return (first, node) if sizes.same(node, source) else None
+    return None
 
 
-def function_is_identity(node: fx.Node, batch_is_free: bool) -> bool:
-    """Whether a call of a function gives its first argument."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        return node.target is torch.cat and isinstance(source, (list, tuple)) and len(source) == 1
-    before, after = shape_of(source), shape_of(node)
-    if before is None or before != after or dtype_of(source) != dtype_of(node) or len(node.all_input_nodes) > 2:
-        return False
-    if node.target in (operator.mul, operator.truediv):
-        return is_number(node.args[1], 1)
-    if node.target in (operator.add, operator.sub):
-        return is_number(node.args[1], 0)
+def order_of(node: fx.Node) -> list[int]:
+    """A permutation, or an exchange of two axes, as an order of all axes."""
     if node.target is torch.permute:
-        return node.args[1] == tuple(range(len(before)))
-    if node.target is torch.transpose:
-        return node.args[1] == node.args[2]
-    if node.target is torch.flatten:
-        return node.args[1] == node.args[2]
-    if node.target in (torch.reshape, torch.squeeze):
-        # The first axis is the batch: a size of 1 there may be another number next time.
-        return not batch_is_free or reshape_keeps_batch(node)
-    if node.target is torch.Tensor.to:
-        return len(node.args) == 2 and isinstance(node.args[1], torch.dtype) and not node.kwargs
-    if node.target in (torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.clone):
-        return not node.kwargs
-    if node.target is F.pad:
-        amounts = node.args[1]
-        return isinstance(amounts, (tuple, list)) and all(amount == 0 for amount in amounts)
+        return list(node.args[1])  # type: ignore[arg-type]
+    order = list(range(len(shape_of(node) or ())))
+    first, second = node.args[1:]
+    order[first], order[second] = order[second], order[first]  # type: ignore[index]
+    return order
+
+
+def composed(first: list[int], second: list[int]) -> list[int]:
+    """One permutation for two in a row."""
+    return [first[axis] for axis in second]
+
+
+def reshapes_alone(node: fx.Node) -> bool:
+    """Whether a reshape says its result by itself, whatever the shape before it."""
+    if node.target is torch.reshape:
+        return isinstance(node.args[1], tuple) and all(isinstance(size, int) for size in node.args[1])
     return False
-
-
-def reshape_keeps_batch(node: fx.Node) -> bool:
-    """Whether a reshape that gives the same shape for the examples does so for every batch size."""
-    if node.target is torch.squeeze:
-        return len(node.args) > 1 and node.args[1] not in (0, -len(node.meta["tensor_meta"].shape))
-    sizes = node.args[1]
-    if not isinstance(sizes, (tuple, list)) or not sizes:
-        return False
-    first = sizes[0]
-    own_batch = isinstance(first, fx.Node) and first.target is torch.Tensor.size and first.args == (node.args[0], 0)
-    return (own_batch or first == -1) and all(isinstance(size, int) for size in sizes[1:])
-
-
-def is_number(value: object, wanted: int) -> bool:
-    """Whether an operand is that very number, not a tensor."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == wanted

@@ -92,7 +92,7 @@ class FoldBatchNorm(Pass):
     def rewrite(self, site: Site) -> list[nn.Module]:
         """The folded layer, and around it what carries the channels."""
         layers = iter(site.layers)
-        chain: list[nn.Module] = [next(layers) if node.op == "call_module" else as_module(node) for node in site.nodes]
+        chain: list[nn.Module] = [next(layers) if node.op == "call_module" else Call.of(node) for node in site.nodes]
         at = next(index for index, layer in enumerate(chain) if isinstance(layer, LINEAR))
         layer: Any = chain[at]
         weight = layer.weight.detach().double()
@@ -235,13 +235,6 @@ class _Search:
         scale, shift = affine(self.program.layer(norm))
         largest = max(float(layer.weight.detach().abs().max()) * float(scale.abs().max()), float(shift.abs().max()))
         return None if largest < torch.finfo(layer.weight.dtype).max else "the folded weight would overflow"
-
-
-def as_module(node: fx.Node) -> nn.Module:
-    """A function node that carries channels, as a module of one input."""
-    if node.target is torch.flatten:
-        return nn.Flatten(*node.args[1:])  # type: ignore[arg-type]
-    return Call(node.target, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
 
 
 def with_weights(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -611,8 +611,8 @@ def test_what_is_replaced_while_reading_is_put_back(good: Path) -> None:
     from torch.utils import _pytree
 
     def now() -> list[Any]:
-        return [torch.load, pickle.loads, pickle.load, torch._C._pickle_load_obj, sympy.sympify, vars(_pytree)["importlib"],
-                serialize.deserialize_torch_artifact]  # fmt: skip
+        return [torch.load, pickle.loads, pickle.load, torch._C._pickle_load_obj, sympy.sympify,
+                vars(_pytree)["importlib"], serialize.deserialize_torch_artifact]  # fmt: skip
 
     before = now()
     read_model(good)

@@ -1,0 +1,69 @@
+"""What an option of a pass takes, in words: for error messages and for `fxcompile passes NAME`."""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+_SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+_LIMITS = {
+    "gt": "above",
+    "ge": "of at least",
+    "lt": "below",
+    "le": "of at most",
+    "multiple_of": "that is a multiple of",
+}
+
+
+def wanted(info: FieldInfo) -> str:
+    """The values that an option takes: "a number above 0 and of at most 1, or none"."""
+    return described(info.annotation, info.metadata)
+
+
+def described(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """The values of an annotation, with the limits in its metadata."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        own = [part for item in arguments[1:] for part in getattr(item, "metadata", [item])]
+        return described(arguments[0], [*metadata, *own])
+    if origin in (Union, types.UnionType):
+        kinds = [item for item in arguments if item is not type(None)]
+        if float in kinds and int in kinds:
+            kinds.remove(int)
+        parts = [described(kind, metadata) for kind in kinds]
+        return ", or ".join([*parts, "none"] if type(None) in arguments else parts)
+    if origin is Literal or (isinstance(annotation, type) and issubclass(annotation, enum.Enum)):
+        values = arguments if origin is Literal else [item.value for item in annotation]
+        return "one of " + ", ".join(map(str, values))
+    if origin in (tuple, list) or annotation in (tuple, list):
+        return listed(
+            [item for item in arguments if item is not Ellipsis], fixed=origin is tuple and Ellipsis not in arguments
+        )
+    return _SCALARS.get(annotation, getattr(annotation, "__name__", str(annotation))) + limits(metadata)
+
+
+def listed(kinds: Sequence[Any], fixed: bool) -> str:
+    """A list of values of these kinds; of exactly so many where it is fixed."""
+    if not kinds:
+        return "a list like [a, b]"
+    if fixed:
+        return f"a list [{', '.join(map(described, kinds))}]"
+    examples = "[1, 2]" if kinds[0] in (int, float) else "[a, b]"
+    return (
+        f"a list of {_PLURALS[kinds[0]]} like {examples}"
+        if kinds[0] in _PLURALS
+        else f"a list, each {described(kinds[0])}"
+    )
+
+
+def limits(metadata: Sequence[Any]) -> str:
+    """The bounds of a number."""
+    parts = [
+        f"{word} {getattr(item, key):g}" for item in metadata for key, word in _LIMITS.items() if hasattr(item, key)
+    ]
+    return " " + " and ".join(parts) if parts else ""

@@ -1,0 +1,36 @@
+"""Programs as text for golden tests: `name = what(arguments)`, one line a node, in the order of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from fxcompile.program import Program
+from fxcompile.rewriting import describe_layer
+
+
+def printed(program: Program) -> str:
+    """The program's graph, layers by the name under which they are stored."""
+    names: dict[fx.Node, str] = {}
+    lines = []
+    for node in program.graph.nodes:
+        layer = program.layer(node)
+        name = names[node] = str(node.target) if layer is not None or node.op == "placeholder" else node.name
+        if node.op == "placeholder":
+            continue
+        arguments = [text(item, names) for item in node.args]
+        arguments += [f"{key}={text(item, names)}" for key, item in node.kwargs.items()]
+        what = describe_layer(layer) if layer is not None else getattr(node.target, "__name__", str(node.target))
+        call = f"{what}({', '.join(arguments)})"
+        lines.append(f"return {', '.join(arguments)}" if node.op == "output" else f"{name} = {call}")
+    return "\n".join(lines)
+
+
+def text(value: Any, names: dict[fx.Node, str]) -> str:
+    """An argument: nodes by name, all else as Python writes it."""
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(text(item, names) for item in value)}]"
+    return repr(value)
