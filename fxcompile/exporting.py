@@ -1,125 +1,89 @@
-"""The second road: `torch.export`, for models that symbolic tracing cannot follow, and for files of that kind."""
+"""From a program to an ONNX model in memory, by `torch.onnx.export`."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
-from fxcompile.program import output_node
-from fxcompile.refusals import quiet_torch
-from fxcompile.signature import Signature
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Export without gradients, warnings, and the fused attention that no exporter knows."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings(), quiet_torch(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+from fxcompile.errors import EmitError
+from fxcompile.program import Program, flatten_tensors
+from fxcompile.tracing import one_line, quiet_torch
 
 
-def export(model: nn.Module, signature: Signature) -> ExportedProgram:
-    """Export a model, its batch free if that works."""
-    args, kwargs = signature.call([tensor.clone() for tensor in signature.tensors])
-    batch = _dynamic_batch(signature, args, kwargs)
-    with _quietly():
-        if batch is not None:
-            try:
-                return torch.export.export(model, args, kwargs, dynamic_shapes=batch, strict=False)
-            except Exception:
-                pass  # the batch may be fixed by the model; the second attempt says what else is wrong
-        return torch.export.export(model, args, kwargs, strict=False)
+class _Flat(nn.Module):
+    """The program with flat tensors in and out; node meta reaches the exported nodes."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.program = module
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.fx.traceback.preserve_node_meta():
+            value = fx.Interpreter(self.program).run(*inputs, enable_io_processing=False)
+        taken: set[int] = {id(tensor) for tensor in inputs}
+        outputs = []
+        for tensor in flatten_tensors(value):
+            # An output that is an input, or another output, needs a value of its own to carry its name.
+            outputs.append(tensor.clone() if id(tensor) in taken else tensor)
+            taken.add(id(tensor))
+        return tuple(outputs)
 
 
-def _dynamic_batch(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`dynamic_shapes` of an export that leaves the first axis free where it is the batch's."""
-    first = signature.tensors[0]
-    if not first.dim() or first.shape[0] < 2:
-        return None  # torch.export takes an axis of size 1 for a constant
-
-    def mark(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            free = value.dim() and value.shape[0] == first.shape[0]
-            return {0: torch.export.Dim.AUTO} if free else None
-        if isinstance(value, Mapping):
-            return {key: mark(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return [mark(item) for item in value]
-        return None
-
-    if signature.takes_any_number:
-        return ([mark(value) for value in args], *(mark(value) for value in kwargs.values()))
-    return dict(zip(signature.parameters, map(mark, (*args, *kwargs.values())), strict=True))
+_NAME = "fxcompile.node"
 
 
-def functionalised(exported: ExportedProgram) -> ExportedProgram:
-    """The same program without writes to memory, as `torch.export` removes them."""
-    with _quietly():
-        return exported.run_decompositions({})
+def export(program: Program, opset: int | None) -> Any:
+    """The program as an `onnx_ir` model, each node naming the program's node that it comes from.
 
-
-def module_of(exported: ExportedProgram) -> fx.GraphModule:
-    """The exported program as a graph module, weights as its attributes."""
-    with warnings.catch_warnings():
+    Raises:
+        EmitError: an operation has no ONNX form.
+    """
+    module = program.snapshot().module
+    for node in module.graph.nodes:
+        node.meta["custom"] = {_NAME: node.name}
+    examples, dims = [], []
+    for spec, example in zip(program.inputs, program.examples, strict=True):
+        free = set(spec.dynamic_axes) | ({spec.batch_axis} if spec.batch_axis is not None else set())
+        for axis in free:
+            if example.shape[axis] == 1:  # torch.export takes a size of 1 for a constant
+                example = torch.cat([example, example], axis)
+        examples.append(example)
+        dims.append(dict.fromkeys(sorted(free), torch.export.Dim.DYNAMIC) or None)
+    names = [spec.name for spec in program.inputs]
+    outputs = [name if name not in names else f"{name}_out" for name in program.output_names]
+    with warnings.catch_warnings(), quiet_torch(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            return exported.module(check_guards=False)  # type: ignore[return-value]
-        except TypeError:  # torch before 2.9
-            return exported.module()  # type: ignore[return-value]
+            exported = torch.export.export(_Flat(module), tuple(examples), dynamic_shapes=(tuple(dims),), strict=False)
+            for node in exported.graph.nodes:
+                name = (node.meta.get("custom") or {}).get(_NAME)
+                if name is not None:
+                    node.meta["nn_module_stack"] = {name: (name, _NAME)}
+            made = torch.onnx.export(
+                exported, dynamo=True, input_names=names, output_names=outputs, opset_version=opset, verbose=False,
+                optimize=False,
+            )  # fmt: skip
+        except Exception as error:
+            raise EmitError(
+                f"torch.onnx cannot export the network: {reason_of(error)}",
+                mend="replace that operation, or pass --dynamic none if it is about a size",
+            ) from error
+    assert made is not None
+    return made.model
 
 
-def exported_graph(exported: ExportedProgram, signature: Signature, model: nn.Module | None = None) -> fx.GraphModule:
-    """The raw graph of an exported program: weights as `get_attr`, inputs flat and named like the model's."""
-    raw = module_of(exported)
-    raw.graph.set_codegen(fx.graph.CodeGen())
-    placeholders = [node for node in raw.graph.nodes if node.op == "placeholder"]
-    kept = signature.keep(placeholders)
-    for node, name in zip(kept, signature.names, strict=True):
-        node.target = name
-    for node in placeholders:
-        if node not in kept and not node.users:
-            raw.graph.erase_node(node)
-    for node in reversed(raw.graph.nodes):
-        if node.op == "call_module" and not node.users and "guard" in str(node.target):
-            raw.graph.erase_node(node)
-    signature.restore_output(output_node(raw.graph), exported)
-    _name_like_model(raw.graph, model)
-    raw.recompile()
-    return raw
-
-
-def _name_like_model(graph: fx.Graph, model: nn.Module | None) -> None:
-    """Call a module that the model holds under several names by the first, as symbolic tracing does."""
-    if model is None:
-        return
-    first = {id(module): name for name, module in model.named_modules()}
-    aliases = {name: first[id(module)] for name, module in model.named_modules(remove_duplicate=False)}
-    aliases = {name: known for name, known in aliases.items() if name != known}
-    for node in graph.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if stack and aliases:
-            node.meta["nn_module_stack"] = {
-                key: (aliases.get(str(path), path), kind) for key, (path, kind) in stack.items()
-            }
-
-
-def has_fixed_batch(exported: ExportedProgram) -> bool:
-    """Whether an exported program takes no other size of its first input's first axis."""
-    users = set(exported.graph_signature.user_inputs)
-    for node in exported.graph.nodes:
-        if node.op == "placeholder" and node.name in users:
-            value = node.meta.get("val")
-            if isinstance(value, Tensor):
-                return not value.dim() or isinstance(value.shape[0], int)
-    return True
+def reason_of(error: BaseException) -> str:
+    """The sentence in a chain of exporter errors that says what it choked on."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for item in reversed(chain):
+        text = one_line(item)
+        if text and "step" not in text.lower()[:12]:
+            return text
+    return one_line(error)

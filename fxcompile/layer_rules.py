@@ -38,7 +38,7 @@ def lower_stateless(self: Canonicaliser, call: Call) -> Any:
         raise NoSpelling(call.node, "forward draws random numbers")
     options = {key: value for key, value in options.items() if key not in spellings.LAYER_ONLY_ARGUMENTS}
     pair = call.name in spellings.WITH_INDICES or (call.schema is not None and name.startswith("adaptive_max_pool"))
-    if pair and any(user.target is not operator.getitem or user.args[1] != 0 for user in call.node.users):
+    if pair and not only_first(call.node):
         options["return_indices"] = True
     layer = make_stateless(name, kind, options, call)
     if layer is None:
@@ -133,7 +133,7 @@ def lower_weighted(self: Canonicaliser, call: Call) -> Any:
     order = f"functional.{call.name}" if call.is_functional else call.name
     names = spellings.WEIGHTED.get(order) or spellings.WEIGHTED[call.name]
     native = spellings.NATIVE_NORMS.get(call.name)
-    if native and any(user.target is not operator.getitem or user.args[1] != 0 for user in call.node.users):
+    if native and not only_first(call.node):
         return NotImplemented  # the statistics are used as well
     bound = call.bind(names)
     held = {key: self.weight(bound[key]) for key in spellings.TENSOR_ARGUMENTS if key in bound}
@@ -153,6 +153,13 @@ def lower_weighted(self: Canonicaliser, call: Call) -> Any:
         keep_count(self, layer, path)
     new = self.call_layer(path, layer, call.args[:1], call.node)
     return first_of(new) if native else new
+
+
+def only_first(node: fx.Node) -> bool:
+    """Whether only the first of the tensors that a node gives is used."""
+    return all(
+        user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users
+    )
 
 
 def first_of(new: fx.Node) -> tuple[fx.Node, None, None]:

@@ -20,7 +20,7 @@ from fxcompile.calibration import InputSpec
 from fxcompile.canonical import canonicalise
 from fxcompile.contracts import tolerance
 from fxcompile.errors import FxcompileError, TraceError
-from fxcompile.exporting import export, exported_graph, functionalised, has_fixed_batch, module_of
+from fxcompile.exported import export, exported_graph, functionalised, has_fixed_batch, module_of
 from fxcompile.functional import Unfollowable, make_functional
 from fxcompile.program import FEATURE, Program, flatten_tensors, output_node
 from fxcompile.reference import ModelState, Reference, left_alone

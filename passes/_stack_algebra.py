@@ -14,7 +14,7 @@ Results are float64. Inside, weights are [g, O, C, *k] (all groups as a batch), 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 
 import torch
@@ -96,7 +96,7 @@ def stage_maps(
 
 def split(weight: Tensor, groups: int) -> Tensor:
     """[g*O, C, *k] of any dtype -> float64 [g, O, C, *k]."""
-    return weight.detach().double().unflatten(0, (groups, -1))
+    return weight.detach().double().reshape(groups, -1, *weight.shape[1:])
 
 
 def compose(stages: Sequence[Tensor], groups: int = 1) -> Tensor:
@@ -121,6 +121,13 @@ def amplification(stages: Sequence[Tensor], groups: int = 1) -> float:
     """
     dense, grouped = compose(stages, groups), [split(x, groups) for x in stages]
     return float((squares(grouped).sum() / dense.square().sum().clamp_min(1e-300)).sqrt())
+
+
+def cut(x: Tensor, spans: Iterable[tuple[int, int]]) -> Tensor:
+    """A view of `x` [g, O, C, *k] with (start, length) on each spatial axis."""
+    for axis, (start, length) in enumerate(spans):
+        x = x.narrow(3 + axis, start, length)
+    return x
 
 
 def squares(stages: Sequence[Tensor]) -> Tensor:
@@ -160,12 +167,14 @@ def _corners(weight: Tensor, kernels: list[tuple[int, ...]]) -> list[Tensor]:
         return [x.transpose(1, 2) for x in reversed(_corners(weight.transpose(1, 2), kernels[::-1]))]
     groups, _, inputs, *full = weight.shape
     rest = [k - s + 1 for k, s in zip(full, kernels[0], strict=True)]
-    copies, taken, left = [], [], weight.clone()
+    copies: list[Tensor] = []
+    taken: list[Tensor] = []
+    left = weight.clone()
     for corner in product(*[range(0, s, 2) for s in kernels[0]]):
         copy = weight.new_zeros(groups, inputs, inputs, *kernels[0])
-        copy[(slice(None), range(inputs), range(inputs), *corner)] = 1
-        window = (..., *[slice(at, at + n) for at, n in zip(corner, rest, strict=True)])
+        cut(copy, [(at, 1) for at in corner]).flatten(3)[..., 0].diagonal(dim1=1, dim2=2).fill_(1)
+        window = cut(left, zip(corner, rest, strict=True))
         copies.append(copy)
-        taken.append(left[window].clone())
-        left[window] = 0
+        taken.append(window.clone())
+        window.zero_()
     return [torch.cat(copies, 1), *_corners(torch.cat(taken, 2), kernels[1:])]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, linalg
 
-from ._stack_algebra import split, squares, stage_kernels
+from ._stack_algebra import cut, split, squares, stage_kernels
 
 AMPLIFICATION_LIMIT = 4.0
 """How far a stack may multiply independent relative errors of its weights; above it the fit is regularised more."""
@@ -106,13 +106,17 @@ def _leading(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """The `count` leading right singular vectors of `rows` [g, n, m] times their singular values."""
     count = min(count, *rows.shape[1:])
     if min(rows.shape[1:]) <= 1024:
-        _, scale, vectors = linalg.svd(rows, full_matrices=False)
-        return (scale[:, :, None] * vectors)[:, :count]
+        return _scaled(rows)[:, :count]
     sketch = torch.randn(len(rows), rows.shape[2], count + 8, generator=generator, dtype=torch.float64).to(rows)
     for _ in range(3):
         sketch = linalg.qr(rows.mT @ (rows @ sketch))[0]
-    _, scale, vectors = linalg.svd(rows @ sketch, full_matrices=False)
-    return (scale[:, :, None] * (vectors @ sketch.mT))[:, :count]
+    return _scaled(rows @ sketch)[:, :count] @ sketch.mT
+
+
+def _scaled(rows: Tensor) -> Tensor:
+    """All right singular vectors, as rows, times their singular values."""
+    values: tuple[Tensor, Tensor, Tensor] = linalg.svd(rows, full_matrices=False)
+    return values[1][:, :, None] * values[2]
 
 
 def _alternate(target: Tensor, stages: list[Tensor], sweeps: int | None, limit: float) -> list[Tensor]:
@@ -184,7 +188,7 @@ def _normal_step(residual: Tensor, right: Tensor, x: Tensor, grid: torch.Size, r
     Its normal matrix is block Toeplitz, G[(m, u), (n, v)] = P[m, n, v - u], with P the correlation of R with itself.
     """
     kernel = x.shape[3:]
-    gradient = _crop(taps(residual @ right.mH, grid), kernel) - _like(ridge, x) * x
+    gradient = crop(taps(residual @ right.mH, grid), kernel) - _like(ridge, x) * x
     offsets = torch.cartesian_prod(*[torch.arange(k) for k in kernel]).reshape(-1, len(kernel))
     lags = torch.zeros(len(offsets), len(offsets), dtype=torch.long)
     for axis, points in enumerate(grid):
@@ -215,11 +219,10 @@ def _gradient_steps(
     The system couples all of X; its diagonal blocks, sum_f L^H L and sum_f R R^H, precondition it.
     """
     kernel, outer, inner = x.shape[3:], left.mH @ left, right @ right.mH
-    lag = (..., *[0] * len(grid))
-    factors = [_positive_factor(taps(gram, grid)[lag]) for gram in (outer, inner)]
+    factors = [_positive_factor(taps(gram, grid).flatten(3)[..., 0]) for gram in (outer, inner)]
 
     def apply(v: Tensor) -> Tensor:
-        return _crop(taps(outer @ spectrum(v, grid) @ inner, grid), kernel) + _like(ridge, v) * v
+        return crop(taps(outer @ spectrum(v, grid) @ inner, grid), kernel) + _like(ridge, v) * v
 
     def precondition(v: Tensor) -> Tensor:
         rows = torch.cholesky_solve(v.flatten(2), factors[0]).reshape(v.shape).transpose(1, 2)
@@ -229,7 +232,7 @@ def _gradient_steps(
         return (a * b).flatten(1).sum(1)
 
     change = torch.zeros_like(x)
-    left_over = _crop(taps(left.mH @ residual @ right.mH, grid), kernel) - _like(ridge, x) * x
+    left_over = crop(taps(left.mH @ residual @ right.mH, grid), kernel) - _like(ridge, x) * x
     direction = fixed = precondition(left_over)
     slope = dot(left_over, fixed)
     for _ in range(steps):
@@ -246,7 +249,8 @@ def _gradient_steps(
 def _positive_factor(gram: Tensor) -> Tensor:
     """Cholesky factor of `gram` [g, n, n], semidefinite, with 1e-6 of its mean diagonal added."""
     extra = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-300
-    return linalg.cholesky(gram + torch.diag_embed(extra[:, None].expand(gram.shape[:2])))
+    factor: Tensor = linalg.cholesky(gram + torch.diag_embed(extra[:, None].expand(gram.shape[:2])))
+    return factor
 
 
 def balance(stages: list[Tensor]) -> list[Tensor]:
@@ -277,13 +281,15 @@ def _work(stages: list[Tensor], grid: torch.Size) -> float:
 def spectrum(x: Tensor, grid: Sequence[int]) -> Tensor:
     """[g, O, C, *k] -> its DFT [g, f, O, C] on a grid of real points."""
     axes = tuple(range(-len(grid), 0))
-    return torch.fft.rfftn(x, s=tuple(grid), dim=axes).flatten(-len(grid)).movedim(-1, 1).contiguous()
+    found: Tensor = torch.fft.rfftn(x, s=tuple(grid), dim=axes)
+    return found.flatten(-len(grid)).movedim(-1, 1).contiguous()
 
 
 def taps(spectra: Tensor, grid: Sequence[int]) -> Tensor:
     """[g, f, O, C] -> [g, O, C, *grid], the inverse of `spectrum`."""
     axes, half = tuple(range(-len(grid), 0)), (*grid[:-1], grid[-1] // 2 + 1)
-    return torch.fft.irfftn(spectra.movedim(1, -1).unflatten(-1, half), s=tuple(grid), dim=axes)
+    found: Tensor = torch.fft.irfftn(spectra.movedim(1, -1).unflatten(-1, half), s=tuple(grid), dim=axes)
+    return found
 
 
 def chain(spectra: Sequence[Tensor]) -> Tensor:
@@ -294,8 +300,9 @@ def chain(spectra: Sequence[Tensor]) -> Tensor:
     return product
 
 
-def _crop(x: Tensor, kernel: Sequence[int]) -> Tensor:
-    return x[(..., *[slice(k) for k in kernel])]
+def crop(x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """The first `kernel` taps of x [g, O, C, *grid]."""
+    return cut(x, [(0, k) for k in kernel])
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:

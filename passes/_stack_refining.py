@@ -15,8 +15,8 @@ from itertools import product
 import torch
 from torch import Tensor, linalg
 
-from ._stack_algebra import split
-from ._stack_fitting import balance, chain, spectrum, taps
+from ._stack_algebra import cut, split
+from ._stack_fitting import balance, chain, crop, spectrum, taps
 
 _FLOPS, _STEPS = 4e11, (12, 60)
 _DAMPING = 1e-4
@@ -33,9 +33,9 @@ def refine(
     """Stages [M_i, M_{i-1}/g, *k_i] with a smaller tr(E S' E^T) in each group, or as they were.
 
     `gram` is S [g, F, F] (or [F, F] for one group) with F = C/g * |k| in the order of `weight.flatten(1)` and of
-    `unfold`; uncentred, or centred if the caller then moves the mean error into the bias. S' = S + ridge mean(diag S) I holds the
-    stack near the dense weight where the data say little. Time grows as steps * O * F^2: `steps` is by default what a
-    fixed amount of arithmetic allows, between 12 and 60. Meant for F up to 4096.
+    `unfold`; uncentred, or centred if the caller then moves the mean error into the bias. S' = S + ridge mean(diag S) I
+    holds the stack near the dense weight where the data say little. Time grows as steps * O * F^2: `steps` is by
+    default what a fixed amount of arithmetic allows, between 12 and 60. Meant for F up to 4096.
     """
     target = split(weight, groups)
     moments = gram.detach().double().reshape(groups, target[0, 0].numel(), -1).clone()
@@ -84,7 +84,7 @@ def _descend(
     def closure() -> float:
         search.zero_grad()
         errors, surrogate = objective([_leave(y, c) for y, c in zip(free, coordinates, strict=True)])
-        surrogate.backward()  # type: ignore[no-untyped-call]
+        surrogate.backward()
         return float(errors.sum())
 
     with torch.enable_grad():
@@ -119,7 +119,7 @@ def _coordinates(stages: list[Tensor], moments: Tensor, grid: Sequence[int]) -> 
         between_taps, between_channels = joint.diagonal(dim1=1, dim2=3).sum(3), joint.diagonal(dim1=2, dim2=4).sum(3)
         after = taps(chain([spectrum(y, grid) for y in stages[at + 1 :]]), grid).transpose(1, 2)
         extent = [n - k + 1 for n, k in zip(reach, x.shape[3:], strict=True)]
-        outward = _design(after[(..., *[slice(n) for n in extent])], x.shape[3:]).unflatten(2, (after.shape[2], -1))
+        outward = _design(crop(after, extent), x.shape[3:]).unflatten(2, (after.shape[2], -1))
         hessian = (outward @ between_taps[:, None]).flatten(2) @ outward.flatten(2).mT
         trace = between_taps.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
         found.append((_factor(hessian, _DAMPING), _factor(between_channels / trace, _DAMPING), tuple(x.shape)))
@@ -135,7 +135,7 @@ def _enter(x: Tensor, coordinates: Coordinates) -> Tensor:
 
 def _leave(y: Tensor, coordinates: Coordinates) -> Tensor:
     left, right, shape = coordinates
-    matrix = linalg.solve_triangular(right, y, upper=False, left=False)
+    matrix: Tensor = linalg.solve_triangular(right, y, upper=False, left=False)
     if left is None:
         return matrix.reshape(shape)
     matrix = linalg.solve_triangular(left.mT, matrix, upper=True)
@@ -146,7 +146,7 @@ def _prefix(stages: list[Tensor], at: int, grid: Sequence[int]) -> Tensor:
     """The kernel [g, M, C, *k] of the stages before `at`."""
     kernel = taps(chain([spectrum(x, grid) for x in stages[:at]]), grid)
     extent = [1 + sum(x.shape[3 + axis] - 1 for x in stages[:at]) for axis in range(len(grid))]
-    return kernel[(..., *[slice(n) for n in extent])]
+    return crop(kernel, extent)
 
 
 def _design(kernel: Tensor, reach: Sequence[int]) -> Tensor:
@@ -155,16 +155,19 @@ def _design(kernel: Tensor, reach: Sequence[int]) -> Tensor:
     full = [k + n - 1 for k, n in zip(extent, reach, strict=True)]
     design = kernel.new_zeros(groups, rows, *reach, columns, *full)
     for at in product(*map(range, reach)):
-        place = [slice(u, u + k) for u, k in zip(at, extent, strict=True)]
-        design[(slice(None), slice(None), *at, slice(None), *place)] = kernel
+        block = design
+        for shift in at:
+            block = block.select(2, shift)
+        cut(block, zip(at, extent, strict=True)).copy_(kernel)
     return design.flatten(2 + len(reach)).flatten(1, 1 + len(reach))
 
 
 def _factor(gram: Tensor, damping: float) -> Tensor:
-    """Cholesky factor of `gram` [g, n, n], semidefinite, with `damping` of its mean diagonal added (more if it must)."""
+    """Cholesky factor of `gram` [g, n, n], semidefinite, with `damping` of its mean diagonal added, or more."""
     level = gram.diagonal(dim1=1, dim2=2).mean(1)
     while True:
         extra = (damping * level + 1e-300)[:, None]
+        factor: Tensor
         factor, failed = linalg.cholesky_ex(gram + torch.diag_embed(extra.expand(gram.shape[:2])))
         if not bool(failed.any()):
             return factor

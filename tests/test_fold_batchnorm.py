@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fxcompile.passes import FoldBatchNorm
+from helpers import Net, printed
 from hypothesis import HealthCheck, given, settings
-from printing import printed
 from torch import Tensor, nn
 
 from fxcompile.layers import BATCH_NORMS
@@ -22,19 +22,6 @@ from fxcompile.program import shape_of
 from fxcompile.tracing import trace
 
 torch.set_num_threads(1)
-
-
-class Net(nn.Module):
-    """Layers by name and a function that calls them."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
 
 
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -242,6 +229,9 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "before, where the layer before is shared": (
         lambda: Net(lambda m, x: m.d(m.bn(m.c(m.c(x)))), c=nn.Conv2d(4, 4, 1), bn=BN(4), d=nn.Conv2d(4, 6, 3)), ()),
     "without gamma and beta": (lambda: Sequential(nn.Conv2d(4, 6, 3), BN(6, affine=False)), ()),
+    "after a transposed one that is asked for a size": (
+        lambda: Net(lambda m, x: m.bn(m.c(x, output_size=[16, 16])), c=nn.ConvTranspose2d(4, 6, 3, stride=2), bn=BN(6)),
+        ()),
     "of two branches": (
         lambda: Net(lambda m, x: m.a(m.p(x)) + m.b(m.q(x)),
                     p=nn.Conv2d(4, 6, 3), a=BN(6), q=nn.Conv2d(4, 6, 3), b=BN(6)), ()),
@@ -321,9 +311,6 @@ LEAVES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         "normalises the output of"),
     "the flattened norm has a scale for each pixel": (
         lambda: Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.BatchNorm1d(150)), (), "has several values"),
-    "an output size is asked for": (
-        lambda: Net(lambda m, x: m.bn(m.c(x, output_size=[16, 16])), c=nn.ConvTranspose2d(4, 6, 3, stride=2), bn=BN(6)),
-        (), "'c' is called with an output size"),
     "a sum comes before": (
         lambda: Net(lambda m, x: m.bn(m.c(x) + x), c=nn.Conv2d(4, 4, 1), bn=BN(4)), (), "the output of 'add'"),
     "it ends the network, after its input": (lambda: Sequential(BN(4)), (), "(its output is the network's)"),

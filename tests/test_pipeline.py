@@ -292,12 +292,13 @@ def test_values_as_text(value: object, text: str) -> None:
 @pytest.mark.parametrize(
     ("annotation", "text"),
     [
-        (int, "a whole number"), (float | None, "a number, or none"), (int | float, "a number"), 
-        (bool, "true or false"),        (tuple[str, ...], "a list of texts like [a, b]"), (list[float], "a list of numbers like [1, 2]"),
+        (int, "a whole number"), (float | None, "a number, or none"), (int | float, "a number"),
+        (bool, "true or false"), (Path, "Path"),
+        (tuple[str, ...], "a list of texts like [a, b]"), (list[float], "a list of numbers like [1, 2]"),
         (tuple[int, str], "a list [a whole number, text]"), (tuple, "a list like [a, b]"),
         (tuple[tuple[int, ...], ...], "a list, each a list of whole numbers like [1, 2]"),
-        (Literal[1, "a"], "one of 1, a"), (int | str, "a whole number, or text"), (Path, "Path"),
-        (Annotated[int, Field(multiple_of=2)], "a whole number"),
+        (Literal[1, "a"], "one of 1, a"), (int | str, "a whole number, or text"),
+        (Annotated[int, Field(multiple_of=2)], "a whole number that is a multiple of 2"),
     ],
 )  # fmt: skip
 def test_types_in_words(annotation: object, text: str) -> None:

@@ -81,19 +81,23 @@ class Stages:
                 return function(*args, **kwargs)
 
         setattr(owner, attribute, counted)
+        for module in [module for name, module in sys.modules.items() if name.startswith("fxcompile.")]:
+            for key, value in vars(module).items():
+                if value is function:
+                    setattr(module, key, counted)  # where it was imported by name
 
 
 def count_compiler(stages: Stages) -> None:
     """Wrap the stages of fxcompile, which is thereby imported, with all that it would import later."""
     import hypothesis  # noqa: F401
-    import onnx  # noqa: F401
+    import onnx
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
     import onnxsim
     import torch
     import torch.onnx
 
-    from fxcompile import emission, manager, running, tracing
+    from fxcompile import emission, files, manager, onnxfile, running, simplifying, tracing
     from fxcompile.program import Program
 
     stages.wrap(tracing, "trace", "trace")
@@ -102,19 +106,16 @@ def count_compiler(stages: Stages) -> None:
     stages.wrap(running.Run, "apply", lambda run, pass_: pass_.name)
     stages.wrap(running.Run, "_check_exact", "check sites")
     stages.wrap(running.Run, "_verify", "verify")
+    stages.wrap(emission, "save_onnx", "emit")
+    stages.wrap(emission, "export", "export")
     stages.wrap(torch.export, "export", "torch.export")
     stages.wrap(torch.onnx, "export", "torch.onnx.export")
+    stages.wrap(simplifying, "simplify", "simplify")
     stages.wrap(onnxsim, "simplify", "onnxsim")
-    for name, title in (
-        ("export", "export"),
-        ("simplify", "simplify"),
-        ("write_onnx", "write"),
-        ("publish", "write"),
-        ("check_model", "onnx checker"),
-        ("verify_file", "ONNX Runtime"),
-    ):
-        stages.wrap(emission, name, title)
-    stages.wrap(emission, "save_onnx", "emit")
+    stages.wrap(onnx.checker, "check_model", "onnx checker")
+    stages.wrap(onnxfile, "write_onnx", "write")
+    stages.wrap(emission, "verify_file", "ONNX Runtime")
+    stages.wrap(files, "publish", "publish")
 
 
 def take_peak() -> int:

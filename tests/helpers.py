@@ -1,17 +1,31 @@
-"""Programs as text for golden tests: `name = what(arguments)`, one line a node, in the order of the data."""
+"""What tests of passes share: a network of a few lines, and programs as text for golden tests."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from fxcompile.program import Program
 from fxcompile.rewriting import describe_layer
 
 
+class Net(nn.Module):
+    """Layers by name and a function that calls them."""
+
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
 def printed(program: Program) -> str:
-    """The program's graph, layers by the name under which they are stored."""
+    """The graph as `name = what(arguments)`, a line for each node; layers by the name under which they are stored."""
     names: dict[fx.Node, str] = {}
     lines = []
     for node in program.graph.nodes:
