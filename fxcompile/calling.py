@@ -61,10 +61,10 @@ def _methods(nodes: Any) -> Iterator[None]:
     """Calls of `torch.Tensor.size` and the like as calls of methods, for the time being."""
     changed: list[tuple[fx.Node, Any]] = []
     for node in list(nodes):
-        if node.op == "call_function" and isinstance(node.target, types.MethodDescriptorType):
-            if getattr(torch.Tensor, node.target.__name__, None) is node.target:
-                changed.append((node, node.target))
-                node.op, node.target = "call_method", node.target.__name__
+        name = node.target.__name__ if isinstance(node.target, types.MethodDescriptorType) else ""
+        if name and node.op == "call_function" and getattr(torch.Tensor, name, None) is node.target:
+            changed.append((node, node.target))
+            node.op, node.target = "call_method", name
     try:
         yield
     finally:

@@ -58,7 +58,7 @@ def describe_pass(kind: type[Pass]) -> PassText:
         for name, info in kind.model_fields.items()
     ]
     source = f"{kind.__module__}.{kind.__qualname__}, {inspect.getsourcefile(kind)}"
-    summary = inspect.cleandoc(inspect.getmodule(kind).__doc__ or documentation).splitlines()[0]  # type: ignore[union-attr]
+    summary = inspect.cleandoc(inspect.getmodule(kind).__doc__ or documentation).splitlines()[0]
     return PassText(kind.name, contract, summary, documentation, source, options)
 
 
@@ -106,7 +106,9 @@ class ProgramText:
 
         table = Table(box=None, pad_edge=False, header_style="")
         for title in ("layer", "kind", "output", "params", "MACs", "bytes"):
-            table.add_column(title, justify="left" if title in ("layer", "kind", "output") else "right", overflow="fold")
+            table.add_column(
+                title, justify="left" if title in ("layer", "kind", "output") else "right", overflow="fold"
+            )
         for item in self.layers:
             shape = "x".join(map(str, item.shape)) + ("" if item.dtype == "float32" else f" {item.dtype}")
             table.add_row(item.name, item.kind, shape, *(short(count) if count else "" for count in

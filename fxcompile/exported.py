@@ -66,7 +66,8 @@ def _dynamic_batch(signature: Signature, args: tuple[Any, ...], kwargs: dict[str
 def functionalised(exported: ExportedProgram) -> ExportedProgram:
     """The same program without writes to memory, as `torch.export` removes them."""
     with _quietly():
-        return exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions({})
+        return functional
 
 
 def module_of(exported: ExportedProgram) -> fx.GraphModule:
@@ -74,9 +75,9 @@ def module_of(exported: ExportedProgram) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return exported.module(check_guards=False)  # type: ignore[return-value]
+            return exported.module(check_guards=False)
         except TypeError:  # torch before 2.9
-            return exported.module()  # type: ignore[return-value]
+            return exported.module()
 
 
 def exported_graph(exported: ExportedProgram, signature: Signature, model: nn.Module | None = None) -> fx.GraphModule:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompile.errors import EmitError
+from fxcompile.layers import CONVOLUTIONS, TRANSPOSED, shallow_copy
 from fxcompile.program import Program, flatten_tensors
 from fxcompile.tracing import one_line, quiet_torch
 
@@ -35,6 +36,20 @@ class _Flat(nn.Module):
 _NAME = "fxcompile.node"
 
 
+def give_single_filters_a_bias(module: fx.GraphModule) -> None:
+    """Add a zero bias to convolutions with one output channel and none.
+
+    The exporter writes a missing bias as zeros expanded to the output channels; for one channel that ends as a scalar,
+    which ONNX Runtime refuses.
+    """
+    for node in module.graph.nodes:
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) and layer.bias is None and layer.out_channels == 1:
+            copied = shallow_copy(layer)
+            copied.register_parameter("bias", nn.Parameter(layer.weight.new_zeros(1), requires_grad=False))
+            module.set_submodule(str(node.target), copied)
+
+
 def export(program: Program, opset: int | None) -> Any:
     """The program as an `onnx_ir` model, each node naming the program's node that it comes from.
 
@@ -42,6 +57,7 @@ def export(program: Program, opset: int | None) -> Any:
         EmitError: an operation has no ONNX form.
     """
     module = program.snapshot().module
+    give_single_filters_a_bias(module)
     for node in module.graph.nodes:
         node.meta["custom"] = {_NAME: node.name}
     examples, dims = [], []

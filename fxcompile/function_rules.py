@@ -113,7 +113,9 @@ def lower_norm(self: Canonicaliser, call: Call) -> Any:
         order = 2
     if isinstance(order, str) or not call.rank or bound.keys() - {"p", "ord", "dim", "keepdim"}:
         return NotImplemented
-    axes = None if dim is None else tuple(item % call.rank for item in (dim if isinstance(dim, (tuple, list)) else (dim,)))
+    axes = (
+        None if dim is None else tuple(item % call.rank for item in (dim if isinstance(dim, (tuple, list)) else (dim,)))
+    )
     tail = (axes, bound["keepdim"]) if bound.get("keepdim") else (axes,) if axes is not None else ()
     return self.call(torch.linalg.vector_norm, (call.source, order, *tail), {}, call.node)
 
@@ -135,7 +137,7 @@ def lower_getattr(self: Canonicaliser, call: Call) -> Any:
     source, name = call.args[0], call.args[1]
     if name == "shape":
         return lower_size(self, Call(call.node, "size", (source,), {}))
-    if name in ("T", "mT", "H", "mH") and call.rank == 2 or name == "mT":
+    if (name in ("T", "mT", "H", "mH") and call.rank == 2) or name == "mT":
         return self.call(torch.permute, (source, swapped(call.rank, -2, -1)), {}, call.node)
     if name == "T":
         return self.call(torch.permute, (source, tuple(reversed(range(call.rank)))), {}, call.node)
@@ -146,7 +148,7 @@ def lower_getattr(self: Canonicaliser, call: Call) -> Any:
 
 def lower_value(self: Canonicaliser, call: Call) -> Any:
     """What depends neither on the data nor on the batch: ranks, dtypes, devices."""
-    return call.node.meta[VALUE] if VALUE in call.node.meta else NotImplemented
+    return call.node.meta.get(VALUE, NotImplemented)
 
 
 def lower_numel(self: Canonicaliser, call: Call) -> Any:
@@ -173,7 +175,9 @@ def lower_creation(self: Canonicaliser, call: Call) -> Any:
     """`zeros`, `full`, `arange` and their kin: sizes as a tuple, the dtype only where it is not the default."""
     dtype = dtype_of(call.node)
     args = list(call.args)
-    kwargs = {key: value for key, value in call.kwargs.items() if key not in schemas.PLACEMENT | {"dtype", "names", "out"}}
+    kwargs = {
+        key: value for key, value in call.kwargs.items() if key not in schemas.PLACEMENT | {"dtype", "names", "out"}
+    }
     name = call.name
     if name.startswith("new_") and name != "new_tensor":
         name, args = name.removeprefix("new_"), args[1:]
@@ -189,7 +193,11 @@ def lower_creation(self: Canonicaliser, call: Call) -> Any:
         if sizes is None:
             return NotImplemented
         sizes = self.value(sizes)
-        args = [tuple(sizes), *self.value(tuple(args)), *([self.value(kwargs.pop("fill_value"))] if "fill_value" in kwargs else [])]
+        args = [
+            tuple(sizes),
+            *self.value(tuple(args)),
+            *([self.value(kwargs.pop("fill_value"))] if "fill_value" in kwargs else []),
+        ]
     else:
         args = list(self.value(tuple(args)))
         if name == "arange":
@@ -260,7 +268,9 @@ def lower_reshape(self: Canonicaliser, call: Call) -> Any:
         other = call.args[1] if len(call.args) > 1 else call.kwargs["other"]
         sizes: Any = tuple(self.size(other, axis) for axis in range(len(after)))
     else:
-        sizes = call.kwargs.get("shape", call.kwargs.get("size", call.args[1] if len(call.args) == 2 else call.args[1:]))
+        sizes = call.kwargs.get(
+            "shape", call.kwargs.get("size", call.args[1] if len(call.args) == 2 else call.args[1:])
+        )
         if isinstance(sizes, torch.dtype) or "dtype" in call.kwargs:
             return NotImplemented
         sizes = self.value(sizes if not isinstance(sizes, list) else tuple(sizes))
@@ -274,7 +284,7 @@ def lower_unflatten(self: Canonicaliser, call: Call) -> Any:
     if not isinstance(call.source, fx.Node) or "dim" not in bound:
         return NotImplemented
     dim = bound["dim"] % call.rank
-    inner = self.value(tuple(bound.get("sizes", bound.get("unflattened_size"))))
+    inner = self.value(tuple(bound.get("sizes", bound.get("unflattened_size", ()))))
     before = [self.size(call.source, axis) for axis in range(call.rank)]
     return self.make(torch.reshape, (self.value(call.source), (*before[:dim], *inner, *before[dim + 1 :])), call.node)
 
@@ -329,7 +339,9 @@ def lower_permute(self: Canonicaliser, call: Call) -> Any:
         order = tuple(item % rank for item in dims)
     elif call.name == "transpose":
         bound = call.bind("dim0 dim1")
-        first, second = (bound[key] if key in bound else bound[old] for key, old in (("dim0", "axis0"), ("dim1", "axis1")))
+        first, second = (
+            bound[key] if key in bound else bound[old] for key, old in (("dim0", "axis0"), ("dim1", "axis1"))
+        )
         order = swapped(rank, first, second)
     elif call.name in ("t", "numpy_T"):
         order = tuple(reversed(range(rank)))
@@ -337,7 +349,9 @@ def lower_permute(self: Canonicaliser, call: Call) -> Any:
         order = swapped(rank, -2, -1)
     else:
         bound = call.bind("source destination")
-        sources, targets = ((item,) if isinstance(item, int) else item for item in (bound["source"], bound["destination"]))
+        sources, targets = (
+            (item,) if isinstance(item, int) else item for item in (bound["source"], bound["destination"])
+        )
         order_list = [axis for axis in range(rank) if axis not in {item % rank for item in sources}]
         for target, source in sorted(zip((item % rank for item in targets), sources, strict=True)):
             order_list.insert(target, source % rank)
@@ -410,7 +424,9 @@ def take(self: Canonicaliser, node: fx.Node, source: fx.Node, rank: int, items: 
     if Ellipsis in [item for item in items if item is Ellipsis]:
         at = next(position for position, item in enumerate(items) if item is Ellipsis)
         items = items[:at] + [slice(None)] * (rank - used) + items[at + 1 :]
-    axis, tensors, steps = 0, {}, []
+    axis = 0
+    tensors: dict[int, Any] = {}
+    steps: list[tuple[Any, Any]] = []
     for item in items:
         if item is None:
             steps.append((torch.unsqueeze, axis))
@@ -428,7 +444,9 @@ def take(self: Canonicaliser, node: fx.Node, source: fx.Node, rank: int, items: 
         else:
             steps.append((operator.getitem, (*(slice(None),) * axis, self.value(item))))
     if tensors:
-        steps.append((operator.getitem, tuple(tensors.get(position, slice(None)) for position in range(max(tensors) + 1))))
+        steps.append(
+            (operator.getitem, tuple(tensors.get(position, slice(None)) for position in range(max(tensors) + 1)))
+        )
     for number, (target, argument) in enumerate(steps):
         last = number == len(steps) - 1
         source = (self.make if last else self.make_part)(target, (source, argument), node)
@@ -531,7 +549,9 @@ def interpolate(self: Canonicaliser, node: fx.Node, source: Any, bound: dict[str
         value = self.value(bound.get(key))
         if value is not None:
             value = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
-            options[key] = tuple(float(item) if key == "scale_factor" and isinstance(item, int) else item for item in value)
+            options[key] = tuple(
+                float(item) if key == "scale_factor" and isinstance(item, int) else item for item in value
+            )
     if options["mode"] == "area" and "size" in options and all(isinstance(item, int) for item in options["size"]):
         kind = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1]
         sizes = options["size"]
@@ -568,7 +588,9 @@ def lower_grid_sample(self: Canonicaliser, call: Call) -> Any:
         mode = ("bilinear", "nearest", "bicubic")[mode]
     if isinstance(padding, int):
         padding = ("zeros", "border", "reflection")[padding]
-    return self.call(F.grid_sample, (call.source, bound["grid"], mode, padding, bool(bound.get("align_corners"))), {}, call.node)
+    return self.call(
+        F.grid_sample, (call.source, bound["grid"], mode, padding, bool(bound.get("align_corners"))), {}, call.node
+    )
 
 
 def lower_affine_grid(self: Canonicaliser, call: Call) -> Any:
@@ -606,7 +628,9 @@ def lower_attention(self: Canonicaliser, call: Call) -> Any:
     defaults = {"dropout_p": 0.0, "is_causal": False, "enable_gqa": False}
     options = {key: value for key, value in bound.items() if defaults.get(key) != value}
     key, value = options.pop("key"), options.pop("value")
-    return self.call(F.scaled_dot_product_attention, (call.source, key, value), dict(sorted(options.items())), call.node)
+    return self.call(
+        F.scaled_dot_product_attention, (call.source, key, value), dict(sorted(options.items())), call.node
+    )
 
 
 def lower_local_response_norm(self: Canonicaliser, call: Call) -> Any:
@@ -744,9 +768,9 @@ def register() -> None:
     rule("dim", "ndimension", "get_device", "is_floating_point", "element_size", "is_complex")(lower_value)
     rule("numel", "nelement")(lower_numel)
     rule("to", "type", "type_as", *spellings.DTYPE_METHODS)(lower_to)
-    rule("zeros", "ones", "empty", "full", "arange", "linspace", "eye", "new_zeros", "new_ones", "new_empty", "new_full")(
-        lower_creation
-    )
+    rule(
+        "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "new_zeros", "new_ones", "new_empty", "new_full"
+    )(lower_creation)
     rule("zeros_like", "ones_like", "full_like", "empty_like")(lower_like)
     rule("fill", "zero")(lower_fill)
     rule("copy")(lower_copy)

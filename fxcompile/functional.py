@@ -46,7 +46,18 @@ _CHANGES_SHAPE = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "sw
 _UNSUPPORTED = {"resize_", "resize_as_", "set_", "as_strided_"}
 """Methods that give the tensor object other memory."""
 
-_GIVES_BOOLEANS = {"eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_and_", "logical_or_", "logical_not_", "logical_xor_"}
+_GIVES_BOOLEANS = {
+    "eq_",
+    "ne_",
+    "lt_",
+    "le_",
+    "gt_",
+    "ge_",
+    "logical_and_",
+    "logical_or_",
+    "logical_not_",
+    "logical_xor_",
+}
 """Methods whose out-of-place twin has another dtype."""
 
 

@@ -14,7 +14,6 @@ from fxcompile.layers import TRANSPOSED, build_layer, plain_layer
 from fxcompile.lowering import MODULE_RULES, Call, Canonicaliser, NoSpelling, is_traced_constant, operation_name, rule
 from fxcompile.program import shape_of
 
-
 _KINDS = {kind: (name, names) for name, (kind, names) in reversed(spellings.STATELESS.items())}
 """For each layer without weights, the operation that it is."""
 
@@ -157,9 +156,7 @@ def lower_weighted(self: Canonicaliser, call: Call) -> Any:
 
 def only_first(node: fx.Node) -> bool:
     """Whether only the first of the tensors that a node gives is used."""
-    return all(
-        user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users
-    )
+    return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
 
 
 def first_of(new: fx.Node) -> tuple[fx.Node, None, None]:
@@ -206,9 +203,10 @@ def linear(self: Canonicaliser, call: Call, source: Any, weight: Any, bias: Any)
 
 
 def transposed(self: Canonicaliser, weight: fx.Node) -> nn.Parameter | torch.Tensor:
-    """The transpose of a constant matrix; the matrix itself where that is a transpose already, so that it stays tied."""
+    """The transpose of a constant matrix; the matrix itself where that is a transpose already: it stays tied."""
     undone = operation_name(weight) in ("t", "numpy_T", "mT", "transpose", "adjoint")
-    undone = undone or (operation_name(weight) == "permute" and 0 in weight.args[-1:] + tuple(weight.args[-1:][0]))
+    last: Any = weight.args[-1:]
+    undone = undone or (operation_name(weight) == "permute" and 0 in last + tuple(last[0]))
     undone = undone or (weight.target is getattr and weight.args[1:] in (("T",), ("mT",)))
     if undone and isinstance(weight.args[0], fx.Node):
         source = self.weight(weight.args[0])
@@ -218,7 +216,10 @@ def transposed(self: Canonicaliser, weight: fx.Node) -> nn.Parameter | torch.Ten
     assert tensor is not None
     key = id(tensor)
     if key not in self.transposes:
-        self.transposes[key] = (tensor, nn.Parameter(tensor.detach().t().contiguous(), requires_grad=tensor.requires_grad))
+        self.transposes[key] = (
+            tensor,
+            nn.Parameter(tensor.detach().t().contiguous(), requires_grad=tensor.requires_grad),
+        )
     return self.transposes[key][1]
 
 
@@ -236,13 +237,14 @@ def lower_embedding(self: Canonicaliser, call: Call) -> Any:
     if weight is None or bound.get("max_norm") is not None or bound.get("sparse"):
         return NotImplemented
     padding = bound.get("padding_idx", -1)
-    layer = nn.Embedding(*weight.shape, padding_idx=padding if padding != -1 else None, device="meta")
+    rows, width = weight.shape
+    layer = nn.Embedding(rows, width, padding_idx=padding if padding != -1 else None, device="meta")
     layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach(), requires_grad=False)
     return self.call_layer(self.layer_name(call.node, table, "Embedding"), layer, (index,), call.node)
 
 
 def lower_recurrent(self: Canonicaliser, call: Call) -> Any:
-    """`aten.lstm` and its kin: (input, state, weights, has_biases, layers, dropout, train, bidirectional, batch_first)."""
+    """`aten.lstm` and kin: input, state, weights, has_biases, layers, dropout, train, bidirectional, batch_first."""
     if len(call.args) != 9 or not isinstance(call.args[2], (list, tuple)):
         return NotImplemented
     source, state, raw_weights, has_biases, layers, dropout, _, bidirectional, batch_first = call.args
@@ -264,7 +266,9 @@ def lower_recurrent(self: Canonicaliser, call: Call) -> Any:
     for name, weight in zip(layer._flat_weights_names, weights, strict=True):
         assert weight is not None
         setattr(layer, name, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False))
-    inputs = (source,) if is_zero(self, state) else (source, tuple(state) if isinstance(state, (list, tuple)) else state)
+    inputs = (
+        (source,) if is_zero(self, state) else (source, tuple(state) if isinstance(state, (list, tuple)) else state)
+    )
     owner = str(raw_weights[0].target).rpartition(".")[0] if raw_weights[0].op == "get_attr" else ""
     scope = self.layer_name(call.node, None, kind.__name__)
     new = self.call_layer(scope or owner or None, layer, inputs, call.node)
@@ -296,7 +300,10 @@ def is_zero(self: Canonicaliser, state: Any) -> bool:
             return False
         held = self.constant(node)
         if operation_name(node) not in ("zeros", "new_zeros") and (
-            held is None or isinstance(held, nn.Parameter) or bool(held.any()) or not is_traced_constant(str(node.target))
+            held is None
+            or isinstance(held, nn.Parameter)
+            or bool(held.any())
+            or not is_traced_constant(str(node.target))
         ):
             return False
     return True

@@ -82,7 +82,7 @@ def plain_layer(module: nn.Module, name: str, input_shape: tuple[int, ...] = ())
     for registry in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(layer, registry).clear()  # what they do is in the graph
     if isinstance(layer, CONVOLUTIONS) and isinstance(layer.padding, str):
-        layer.padding = numeric_padding(layer.padding, layer.kernel_size, layer.dilation)  # type: ignore[assignment]
+        layer.padding = numeric_padding(layer.padding, layer.kernel_size, layer.dilation)
     if getattr(layer, "inplace", False) is True:
         layer.inplace = False  # type: ignore[assignment]
     return layer
@@ -106,7 +106,14 @@ def identity(layer: nn.Module) -> tuple[object, ...]:
 def shallow_copy(module: nn.Module) -> nn.Module:
     """A module of its own over the same tensors: mode and attributes of one do not reach the other."""
     copied = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+    for registry in (
+        "_parameters",
+        "_buffers",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    ):
         copied.__dict__[registry] = copy.copy(module.__dict__[registry])
     copied.__dict__["_modules"] = {name: child and shallow_copy(child) for name, child in module._modules.items()}
     return copied
@@ -186,7 +193,7 @@ def _convolution(operation: str, weight: Tensor, options: dict[str, Any]) -> nn.
         "device": "meta",
     }
     if transposed:
-        output_padding = _broadcast(options.get("output_padding", 0), dims)
+        output_padding: Any = _broadcast(options.get("output_padding", 0), dims)
         kind = TRANSPOSED[dims - 1]
         return kind(weight.shape[0], weight.shape[1] * groups, output_padding=output_padding, **common)
     return CONVOLUTIONS[dims - 1](weight.shape[1] * groups, weight.shape[0], **common)

@@ -291,10 +291,8 @@ class Canonicaliser:
         if raw.stack_trace:
             new.stack_trace = raw.stack_trace
         scope = scope_of(raw)
-        if new.op == "call_module":
-            origin = str(new.target)
-        else:
-            origin = f"{scope}.{new.name}" if scope else new.name
+        name = str(new.target) if new.op == "call_module" else new.name
+        origin = f"{scope}.{name}" if scope and new.op != "call_module" else name
         new.meta[ORIGIN] = (origin,)
         return new
 
@@ -306,11 +304,13 @@ class Canonicaliser:
     def weight(self, raw: Any) -> nn.Parameter | Tensor | None:
         """The same, as a layer holds it: one that was computed from parameters becomes a parameter."""
         tensor = self.constant(raw)
-        if tensor is None or isinstance(tensor, nn.Parameter) or isinstance(raw, fx.Node) and raw.op == "get_attr":
+        if tensor is None or isinstance(tensor, nn.Parameter) or (isinstance(raw, fx.Node) and raw.op == "get_attr"):
             return tensor
         if id(tensor) not in self._computed:
             trains = any(
-                isinstance(fetch(self.root, str(node.target)), nn.Parameter) for node in ancestors(raw) if node.op == "get_attr"
+                isinstance(fetch(self.root, str(node.target)), nn.Parameter)
+                for node in ancestors(raw)
+                if node.op == "get_attr"
             )
             self._computed[id(tensor)] = (tensor, nn.Parameter(tensor.detach().clone(), requires_grad=trains))
         return self._computed[id(tensor)][1]
@@ -322,7 +322,7 @@ class Canonicaliser:
             return
         if any(item not in self.constants for item in node.all_input_nodes):
             return
-        args, kwargs = fx.node.map_aggregate(  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate(
             (node.args, dict(node.kwargs)), lambda item: self.constants[item] if isinstance(item, fx.Node) else item
         )
         with torch.no_grad():

@@ -54,7 +54,9 @@ class Reference:
         self._refuse_updates(module, before)
         if not flatten_tensors(self.output):
             what = type(self.output).__name__
-            raise TraceError(f"the model returns no tensor but {what}", mend="return the tensors that shall be the outputs")
+            raise TraceError(
+                f"the model returns no tensor but {what}", mend="return the tensors that shall be the outputs"
+            )
 
     def _refuse_updates(self, module: nn.Module | None, before: dict[str, tuple[int, int]]) -> None:
         """A buffer that settles after one run is a cache; one that goes on changing is state."""
@@ -124,7 +126,9 @@ class Watch(TorchFunctionMode):
         bare = name.rstrip("_")
         if bare in spellings.RANDOM or (bare in spellings.RANDOM_IN_TRAINING and kwargs.get("training")):
             return "random"
-        in_place = name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__invert__", "__index__"))
+        in_place = name == "__setitem__" or (
+            name.startswith("__i") and name not in ("__int__", "__invert__", "__index__")
+        )
         if in_place or (name.endswith("_") and not name.endswith("__")):
             first = args[0] if args else None
             if isinstance(first, Tensor) and first.layout == torch.strided and self._is_own(first):
@@ -177,7 +181,9 @@ class ModelState:
             if isinstance(value, (dict, list, set))
         ]
         self._buffers = [
-            (buffer, buffer.clone(), buffer._version) for buffer in model.buffers() if values and not buffer.is_inference()
+            (buffer, buffer.clone(), buffer._version)
+            for buffer in model.buffers()
+            if values and not buffer.is_inference()
         ]
 
     def restore(self) -> None:
@@ -190,8 +196,8 @@ class ModelState:
             if isinstance(container, list):
                 container.extend(content)
             else:
-                container.update(content)  # type: ignore[arg-type]
+                container.update(content)
         with torch.no_grad():
-            for buffer, content, version in self._buffers:
+            for buffer, values, version in self._buffers:
                 if buffer._version != version:
-                    buffer.copy_(content)
+                    buffer.copy_(values)

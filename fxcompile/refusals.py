@@ -123,7 +123,9 @@ def refusal(model: nn.Module | None, error: Exception, first: Exception, suspect
         problem, text = "forward draws random numbers", "random numbers"
     place = _place(error, suspects) or _place(first, suspects)
     line = text_at(place)
-    known = [entry for entry in _KNOWN if entry[0] in str(error)] + [entry for entry in _KNOWN if entry[0] in f"{line} {text}"]
+    known = [entry for entry in _KNOWN if entry[0] in str(error)] + [
+        entry for entry in _KNOWN if entry[0] in f"{line} {text}"
+    ]
     said, mend = known[0][1:] if known else ("", _TORCH)
     if isinstance(error, (Unfollowable, NoSpelling)):
         said = ""

@@ -117,7 +117,9 @@ class Report:
                 table.add_row(f"  {site.name}", site.outcome, site.reason or site.change, _error(site.error),
                               *(("", "", "") if site.outcome == "left" else _costs(site.before, site.after)),
                               f"{site.seconds:.1f}")  # fmt: skip
-        table.add_row("whole network", "", "", "", *_costs(self.before, self.after), f"{sum(self.seconds.values()):.1f}")
+        table.add_row(
+            "whole network", "", "", "", *_costs(self.before, self.after), f"{sum(self.seconds.values()):.1f}"
+        )
         buffer = io.StringIO()
         console = Console(file=buffer, width=width, color_system=None, legacy_windows=False, emoji=False, markup=False)
         console.print(table, highlight=False)

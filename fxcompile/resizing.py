@@ -82,7 +82,7 @@ class Shapes:
             return fetch(self.root, str(node.target)).to("meta")
         if node.op == "output":
             return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: values[item])  # type: ignore[misc]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: values[item])
         function: Any = self._layer(str(node.target)) if node.op == "call_module" else node.target
         if node.target in CREATION:
             kwargs = {**kwargs, "device": "meta"}
@@ -100,7 +100,8 @@ class Shapes:
                     for name, tensor in registry.items():
                         if tensor is not None:
                             moved = tensor.detach().to("meta")
-                            registry[name] = nn.Parameter(moved, False) if registry is module._parameters else moved
+                            held: Any = nn.Parameter(moved, False) if registry is module._parameters else moved
+                            registry[name] = held
             if isinstance(layer, nn.RNNBase):
                 layer._init_flat_weights()
             self._layers[target] = layer
@@ -203,7 +204,7 @@ class BatchFreer:
 
     def grown(self, node: fx.Node) -> bool:
         """Whether a node gives more for a larger batch."""
-        return _shapes(self.values.get(node)) != _shapes(self.base.get(node))
+        return bool(_shapes(self.values.get(node)) != _shapes(self.base.get(node)))
 
     def _free_reshape(self, node: fx.Node) -> None:
         source = node.args[0]
@@ -333,7 +334,10 @@ def ways_to_follow(before: Shape, now: Shape, after: Shape, batch: int, outside:
     holding = [
         (axis, stride * size // (step * batch))
         for axis, (size, stride) in enumerate(zip(after, strides, strict=True))
-        if stride <= step and step % stride == 0 and step * batch <= stride * size and (stride * size) % (step * batch) == 0
+        if stride <= step
+        and step % stride == 0
+        and step * batch <= stride * size
+        and (stride * size) % (step * batch) == 0
     ]
     if batch > 1:
         return holding[:1]

@@ -157,7 +157,9 @@ def accepts(kind: str, value: Any) -> bool:
         if isinstance(value, (tuple, list)):
             return all(accepts(inner, item) for item in value)
         if inner == "Tensor":
-            return isinstance(value, fx.Node) and isinstance(value.meta.get("tensor_meta"), tuple) and not is_tensor(value)
+            return (
+                isinstance(value, fx.Node) and isinstance(value.meta.get("tensor_meta"), tuple) and not is_tensor(value)
+            )
         return inner in ("int", "SymInt") and accepts("int", value)
     return _TYPES.get(kind, _anything)(value)
 

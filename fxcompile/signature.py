@@ -37,7 +37,9 @@ class Signature:
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
         """The signature of a model's forward for an example call."""
         made = cls._make(parameter_names(model.forward, args, kwargs), args, kwargs)
-        return replace(made, takes_any_number=any(item.kind is item.VAR_POSITIONAL for item in parameters_of(model.forward)))
+        return replace(
+            made, takes_any_number=any(item.kind is item.VAR_POSITIONAL for item in parameters_of(model.forward))
+        )
 
     @classmethod
     def of_exported(cls, exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:

@@ -73,13 +73,13 @@ class Settler:
             elif self.batch_node is not None:
                 replace_uses(node, self.batch_node)
             return
-        sizes = [run[node] if node in run else None for run in self.runs]
+        sizes = [run.get(node) for run in self.runs]
         wanted = [_size(run.get(source)) for run in self.runs]
-        if isinstance(value, int) and value == _size(self.base[source]) and sizes[0] == wanted[0] != value:
-            if sizes[1] in (None, value):
-                if self.batch_node is None:
-                    self.batch_node = self._make_batch_node(source)
-                replace_uses(node, self.batch_node)
+        follows = isinstance(value, int) and value == _size(self.base[source]) and sizes[0] == wanted[0] != value
+        if follows and sizes[1] in (None, value):
+            if self.batch_node is None:
+                self.batch_node = self._make_batch_node(source)
+            replace_uses(node, self.batch_node)
 
     def _make_batch_node(self, source: fx.Node) -> fx.Node:
         last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
@@ -172,13 +172,15 @@ def fold_constants(graph: fx.Graph, root: nn.Module) -> None:
             held = fetch(root, str(node.target))
             if not isinstance(held, nn.Parameter):
                 values[node] = held
-        elif node.op == "call_function" and (node.all_input_nodes or node.target in FOLDABLE):
-            if all(item in values for item in node.all_input_nodes):
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[misc]
-                with torch.no_grad():
-                    value = node.target(*args, **kwargs)  # type: ignore[operator]
-                if isinstance(value, Tensor):
-                    values[node] = value
+            continue
+        foldable = node.op == "call_function" and (node.all_input_nodes or node.target in FOLDABLE)
+        if foldable and all(item in values for item in node.all_input_nodes):
+            function: Any = node.target
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            with torch.no_grad():
+                value = function(*args, **kwargs)
+            if isinstance(value, Tensor):
+                values[node] = value
     count = 0
     for node in list(values):
         if node.op == "get_attr" or all(user in values for user in node.users):

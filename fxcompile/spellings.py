@@ -73,7 +73,9 @@ STATELESS: dict[str, tuple[type[nn.Module], str]] = {
 LAYER_ONLY_ARGUMENTS = {"inplace", "training"}
 """Arguments in those lists that say how to run, not what to compute; a canonical layer does not take them."""
 
-WITH_INDICES = {f"{kind}_pool{d}d_with_indices": f"{kind}_pool{d}d" for kind in ("max", "adaptive_max") for d in (1, 2, 3)}
+WITH_INDICES = {
+    f"{kind}_pool{d}d_with_indices": f"{kind}_pool{d}d" for kind in ("max", "adaptive_max") for d in (1, 2, 3)
+}
 """Pools that also return where each maximum was, by `aten`'s name; `torch.nn` has an argument for it."""
 
 RANDOM_IN_TRAINING = {name for name, (_, arguments) in STATELESS.items() if "training" in arguments.split()}
@@ -201,28 +203,76 @@ ALIASES: dict[str, str] = {
 }
 """Names of the same operation with the same arguments."""
 
-IDENTITIES = frozenset("""
-    contiguous alias lift_fresh_copy lift_fresh lift clone detach requires_grad cpu pin_memory positive
-""".split())
+IDENTITIES = frozenset(
+    [
+        "contiguous",
+        "alias",
+        "lift_fresh_copy",
+        "lift_fresh",
+        "lift",
+        "clone",
+        "detach",
+        "requires_grad",
+        "cpu",
+        "pin_memory",
+        "positive",
+    ]
+)
 """Operations that only say how a tensor lies in memory; nothing works in place, so a copy is the tensor itself."""
 
-DROPPED = frozenset("""
-    _assert _assert_async _assert_scalar _assert_tensor_metadata sym_constrain_range_for_size sym_constrain_range
-""".split())
+DROPPED = frozenset(
+    [
+        "_assert",
+        "_assert_async",
+        "_assert_scalar",
+        "_assert_tensor_metadata",
+        "sym_constrain_range_for_size",
+        "sym_constrain_range",
+    ]
+)
 """Checks at run time that compute nothing."""
 
-RANDOM = frozenset("""
-    rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like uniform random
-    exponential geometric cauchy log_normal gumbel_softmax native_dropout
-""".split())
+RANDOM = frozenset(
+    [
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "normal",
+        "bernoulli",
+        "multinomial",
+        "poisson",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "uniform",
+        "random",
+        "exponential",
+        "geometric",
+        "cauchy",
+        "log_normal",
+        "gumbel_softmax",
+        "native_dropout",
+    ]
+)
 """Operations that draw random numbers."""
 
-TAKES_NUMBERS = frozenset("item _local_scalar_dense tolist numpy".split())
+TAKES_NUMBERS = frozenset(["item", "_local_scalar_dense", "tolist", "numpy"])
 """Operations that leave tensors for Python's numbers."""
 
-UNKNOWN_SHAPE = frozenset("""
-    nonzero nonzero_numpy argwhere masked_select unique _unique2 unique_consecutive unique_dim bincount
-""".split())
+UNKNOWN_SHAPE = frozenset(
+    [
+        "nonzero",
+        "nonzero_numpy",
+        "argwhere",
+        "masked_select",
+        "unique",
+        "_unique2",
+        "unique_consecutive",
+        "unique_dim",
+        "bincount",
+    ]
+)
 """Operations whose result has a shape that depends on values."""
 
 DTYPE_METHODS: dict[str, torch.dtype] = {

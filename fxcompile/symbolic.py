@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +37,7 @@ class Tracer(fx.Tracer):
         self.parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def create_args_for_root(
-        self, root_fn: types.FunctionType, is_module: bool, concrete_args: Any = None
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """The model called as in the example, with a proxy for each tensor, hooks and all."""
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.signature.names]
@@ -46,7 +45,7 @@ class Tracer(fx.Tracer):
         assert isinstance(self.root, nn.Module)
         has_hooks = self.root._forward_hooks or self.root._forward_pre_hooks
         if has_hooks or "forward" in self.root.__dict__:
-            return lambda: self.root(*args, **kwargs), []  # type: ignore[operator]
+            return lambda: self.root(*args, **kwargs), []
         return lambda: root_fn(self.root, *args, **kwargs), []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -65,7 +64,7 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if not (m._forward_hooks or m._forward_pre_hooks) or not self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        m.forward = lambda *a, **k: self.create_proxy("call_module", path, a, k)  # type: ignore[method-assign]
+        m.forward = lambda *a, **k: self.create_proxy("call_module", path, a, k)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -124,13 +123,16 @@ def _softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype:
 def _normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Tensor:
     if out is not None:
         return torch.div(input, torch.norm(input, p, dim, True).clamp_min(eps).expand_as(input), out=out)
-    return input / torch.norm(input, p, dim, True).clamp_min(eps).expand_as(input)
+    length: Tensor = torch.norm(input, p, dim, True).clamp_min(eps).expand_as(input)
+    return input / length
 
 
 def _lp_pool(dims: int) -> Callable[..., Tensor]:
     pool, most = ((F.avg_pool1d, F.max_pool1d), (F.avg_pool2d, F.max_pool2d))[dims - 1]
 
-    def lp_pool(input: Tensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Tensor:
+    def lp_pool(
+        input: Tensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False
+    ) -> Tensor:
         sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size,) * dims
         area = 1
         for size in sizes:

@@ -55,8 +55,18 @@ def trace(
     args, kwargs = normalise_examples(example_inputs, example_kwargs)
     if isinstance(model, ExportedProgram):
         return _trace_exported(model, args, kwargs)
+    return _trace_module(unwrapped(model), args, kwargs)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what spreads it over devices."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
+        inner: nn.Module = model.module
+        return inner
+    return model
+
+
+def _trace_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     refuse_unsupported(model)
     signature = Signature.of(model, args, kwargs)
     with left_alone(model):
@@ -96,11 +106,12 @@ def _exported_call(exported: ExportedProgram) -> Callable[..., Any]:
     """An exported program as a function; other batch sizes are refused where they were not exported."""
     module = module_of(exported)
     fixed = has_fixed_batch(exported)
-    expected = [node.meta["val"].shape for node in exported.graph.nodes if node.name in exported.graph_signature.user_inputs
-                and isinstance(node.meta.get("val"), Tensor)][:1]  # fmt: skip
+    inputs = exported.graph_signature.user_inputs
+    values = [node.meta.get("val") for node in exported.graph.nodes if node.name in inputs]
+    expected = [value.shape for value in values if isinstance(value, Tensor)][:1]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = [item for item in flatten_tensors((args, kwargs))][:1]
+        given = flatten_tensors((args, kwargs))[:1]
         if fixed and expected and given and tuple(given[0].shape[:1]) != tuple(expected[0][:1]):
             raise ValueError(f"the program was exported for a batch of {expected[0][0]}")
         return type(module).forward(module, *args, **kwargs)
@@ -126,7 +137,9 @@ def refuse_unsupported(model: nn.Module) -> None:
         place = f"layer '{name}'" if name else f"model {type(module).__name__}"
         if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
             raise TraceError(
-                "TorchScript holds no Python to trace", place=place, mend="put the nn.Module it was made from in its place"
+                "TorchScript holds no Python to trace",
+                place=place,
+                mend="put the nn.Module it was made from in its place",
             )
         if ".quantized." in type(module).__module__ and type(module).__module__.startswith("torch."):
             raise TraceError("it is quantised already", place=place, mend="trace the model before it was quantised")
@@ -134,7 +147,9 @@ def refuse_unsupported(model: nn.Module) -> None:
         place = f"tensor '{name}'"
         if is_lazy(tensor):
             raise TraceError(
-                "a lazy layer has no weights yet", place=place, mend="run the model once on an example before tracing it"
+                "a lazy layer has no weights yet",
+                place=place,
+                mend="run the model once on an example before tracing it",
             )
         if tensor.is_quantized:
             raise TraceError("it is quantised already", place=place, mend="trace the model before it was quantised")
@@ -284,4 +299,3 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
     if not theirs.is_floating_point():
         return torch.equal(ours, theirs)
     return relative_maximum(ours, theirs) <= 10 * tolerance(ours.dtype)
-

@@ -10,7 +10,7 @@ import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fxcompile.calibration import Calibration, InputSpec
@@ -231,6 +231,10 @@ class DoubleInterpreter(fx.Interpreter):
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+_BOUNDED = (nn.Sigmoid, nn.Tanh, nn.Softmax, nn.Hardsigmoid)
+"""Activations whose kernels approximate over their range: right to a share of 1, however small the value is."""
+
+
 class NoisyInterpreter(DoubleInterpreter):
     """The same, each layer's output off by as much as rounding may put it: `amplitude * max|y|`, drawn from a seed."""
 
@@ -244,6 +248,8 @@ class NoisyInterpreter(DoubleInterpreter):
         if n.op in ("call_module", "call_function") and isinstance(value, Tensor) and value.dtype == torch.float64:
             noise = torch.rand(value.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
             scale = float(value.abs().max()) if value.numel() else 0.0
+            if n.op == "call_module" and isinstance(self.fetch_attr(str(n.target)), _BOUNDED):
+                scale = max(scale, 1.0)
             value = value + noise * (self.amplitude * scale)
         return value
 

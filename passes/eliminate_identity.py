@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Exact
+from fxcompile.cost import samples
 from fxcompile.program import Program, dtype_of, shape_of
 from fxcompile.resizing import Shapes, inputs_of, larger_maps
 from fxcompile.rewriting import Pass, Site, Skip
@@ -146,31 +147,26 @@ class _Sizes:
 
     @cached_property
     def runs(self) -> list[dict[fx.Node, Any]]:
-        """What each node gives, for a batch of one, a larger one, and larger maps, as far as the network takes them."""
+        """What nodes give for a batch of one, for a larger one, and for larger maps, if the network takes those."""
         graph, inputs = self.program.graph, inputs_of(self.program.graph)
-        axes = {spec.name: spec.batch_axis for spec in self.program.inputs}
         shapes = Shapes(graph, self.program.module)
+        batches = [1, 1 + samples(self.program)] if self.program.batch_is_free else []
+        runs = [shapes.run(self.with_batch(size)) for size in batches]
+        maps = shapes.run(larger_maps(inputs), shapes.run(inputs))
+        return [*runs, maps] if len(maps) == len(graph.nodes) else runs
 
-        def with_batch(grow: int) -> dict[fx.Node, tuple[int, ...]]:
-            return {
-                node: tuple(
-                    (size + grow if grow else 1) if axis == axes.get(str(node.target)) else size
-                    for axis, size in enumerate(shape)
-                )
-                for node, shape in inputs.items()
-            }
-
-        wanted = [with_batch(0), with_batch(1)] if self.program.batch_is_free else []
-        base = shapes.run(inputs)
-        runs = [*(shapes.run(sizes) for sizes in wanted), shapes.run(larger_maps(inputs), base)]
-        return [run for run in runs if len(run) == len(graph.nodes)]
+    def with_batch(self, size: int) -> dict[fx.Node, tuple[int, ...]]:
+        """The shapes of the inputs for another number of samples."""
+        axes = {spec.name: spec.batch_axis for spec in self.program.inputs}
+        return {
+            node: tuple(size if axis == axes.get(str(node.target)) else held for axis, held in enumerate(shape))
+            for node, shape in inputs_of(self.program.graph).items()
+        }
 
     def same(self, node: fx.Node, source: fx.Node) -> bool:
         """Whether two nodes have one shape at all sizes."""
-        return all(
-            isinstance(run[node], Tensor) and isinstance(run[source], Tensor) and run[node].shape == run[source].shape
-            for run in self.runs
-        )
+        pairs = [(run[node], run[source]) for run in self.runs if node in run and source in run]
+        return all(isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape for a, b in pairs)
 
 
 def single(program: Program, node: fx.Node, sizes: _Sizes) -> tuple[fx.Node, ...] | None:

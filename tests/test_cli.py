@@ -129,7 +129,8 @@ def test_passes_lists_and_describes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys\nfrom fxcompile.cli import main\ntry:\n main(['--help'])\nfinally:\n assert 'torch' not in sys.modules"
+    code = "import sys; from fxcompile.cli import cli;"
+    code += " cli(['--help'], standalone_mode=False); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 

@@ -11,13 +11,13 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import ARCHITECTURES, FAMILIES, example_inputs
+from zoo.pretrained import load_crepe_tiny, load_onet, load_rnet
 
 from fxcompile.calibration import Calibration
 from fxcompile.manager import PassManager, Result
 from fxcompile.program import Program, flatten_tensors
 from fxcompile.tracing import trace
-from zoo import ARCHITECTURES, FAMILIES, example_inputs
-from zoo.pretrained import load_crepe_tiny, load_onet, load_rnet
 
 PIPELINE = "fold-batchnorm, eliminate-identity, stack-kernels(rank=0.6)"
 
@@ -98,7 +98,7 @@ def test_every_network_comes_out_of_onnx_runtime_within_its_contracts(name: str,
     check(result, model, args, kwargs, tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("name", ["alexnet", "squeezenet", "lenet5", "mobilenet_v3", "crepe_tiny"])
+@pytest.mark.parametrize("name", ["alexnet", "lenet5", "mobilenet_v3"])
 def test_stack_kernels_states_an_error_that_holds_on_other_data(name: str) -> None:
     """The output error stated for held-out calibration data holds, within a factor of two, on data never seen."""
     model, args, kwargs = MODELS[name]()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fxcompile.calibration import InputSpec, as_calibration
 from torch import nn
 
+from fxcompile.calibration import InputSpec, as_calibration
 from fxcompile.contracts import tolerance
 from fxcompile.tracing import trace
 from fxcompile.verification import (
