@@ -17,7 +17,7 @@ from fxcompile.signature import Signature
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Export without gradients, warnings, and the fused attention that no exporter knows."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -33,7 +33,7 @@ def export(model: nn.Module, signature: Signature) -> ExportedProgram:
     """Export a model, its batch free if that works."""
     args, kwargs = signature.call([tensor.clone() for tensor in signature.tensors])
     batch = _dynamic_batch(signature, args, kwargs)
-    with _quietly():
+    with quietly():
         if batch is not None:
             try:
                 return torch.export.export(model, args, kwargs, dynamic_shapes=batch, strict=False)
@@ -65,7 +65,7 @@ def _dynamic_batch(signature: Signature, args: tuple[Any, ...], kwargs: dict[str
 
 def functionalised(exported: ExportedProgram) -> ExportedProgram:
     """The same program without writes to memory, as `torch.export` removes them."""
-    with _quietly():
+    with quietly():
         functional: ExportedProgram = exported.run_decompositions({})
         return functional
 

@@ -40,6 +40,8 @@ def lower_arithmetic(self: Canonicaliser, call: Call) -> Any:
     if function in spellings.COMMUTATIVE and not schemas.is_tensor(args[0]) and schemas.is_tensor(args[1]):
         args = (args[1], args[0])
     values = self.value(args)
+    if function is operator.mul and args[1] == 1 and getattr(values[0], "target", None) is torch.reciprocal:
+        return values[0]  # how 1 / x is exported
     if alpha != 1:
         scaled = values[1] * alpha if isinstance(values[1], (int, float)) else None
         if scaled is None:
@@ -143,6 +145,8 @@ def lower_getattr(self: Canonicaliser, call: Call) -> Any:
         return self.call(torch.permute, (source, tuple(reversed(range(call.rank)))), {}, call.node)
     if name == "data":
         return self.value(source)
+    if name in ("values", "indices"):  # of torch.max and its kin
+        return lower_getitem(self, Call(call.node, "getitem", (source, 0 if name == "values" else 1), {}))
     return lower_value(self, call)
 
 

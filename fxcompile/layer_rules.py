@@ -25,6 +25,8 @@ def lower_stateless(self: Canonicaliser, call: Call) -> Any:
     if not isinstance(call.source, fx.Node) or shape_of(call.source) is None:
         return NotImplemented
     bound = call.bind(names)
+    if "train" in bound:
+        bound["training"] = bound.pop("train")
     if "_stacklevel" in bound or "dtype" in bound or "?" in bound:  # the tails of softmax and its kin
         wanted = [bound.pop("dtype", None), *bound.pop("?", ())]
         bound.pop("_stacklevel", None)
@@ -36,9 +38,9 @@ def lower_stateless(self: Canonicaliser, call: Call) -> Any:
     if "training" in names.split() and options.get("training", trains_by_default(call)) is True:
         raise NoSpelling(call.node, "forward draws random numbers")
     options = {key: value for key, value in options.items() if key not in spellings.LAYER_ONLY_ARGUMENTS}
-    pair = call.name in spellings.WITH_INDICES or (call.schema is not None and name.startswith("adaptive_max_pool"))
-    if pair and not only_first(call.node):
-        options["return_indices"] = True
+    pair = type(call.node.meta.get("tensor_meta")) is tuple
+    if pair:
+        options["return_indices"] = not only_first(call.node)
     layer = make_stateless(name, kind, options, call)
     if layer is None:
         return NotImplemented

@@ -137,7 +137,7 @@ class Canonicaliser:
         self._attributes: dict[int, fx.Node] = {}
         self._layer_names: dict[object, str] = {}
         self._counts: dict[str, int] = {}
-        self._taken = {str(node.target) for node in raw.graph.nodes if node.op == "get_attr"}
+        self._taken = {str(node.target) for node in raw.graph.nodes if node.op == "get_attr" and not only_weight(node)}
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self.transposes: dict[int, tuple[Tensor, nn.Parameter]] = {}
 
@@ -148,7 +148,9 @@ class Canonicaliser:
         drop_dead_code(self.graph)
         for node in self.graph.nodes:
             if node.op == "get_attr":
-                place(self.layers, str(node.target), self.tensors[str(node.target)])
+                tensor = self.tensors[str(node.target)]
+                node.target = self.free_name(str(node.target)) if str(node.target) not in self._taken else node.target
+                place(self.layers, str(node.target), tensor)
         return self.graph, self.layers
 
     # one raw node
@@ -352,6 +354,11 @@ class Canonicaliser:
         if path != str(weight.target) or (name == "weight" and not owner):
             return path
         return owner if name in ("weight", "weight_v", "weight_orig") else path.removesuffix("_weight")
+
+
+def only_weight(node: fx.Node) -> bool:
+    """Whether a raw tensor is used by nothing but operations that become layers and hold it."""
+    return all((operation_name(user) or "") in spellings.WEIGHTED for user in node.users)
 
 
 def ancestors(node: fx.Node) -> list[fx.Node]:

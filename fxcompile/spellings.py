@@ -162,6 +162,7 @@ COMMUTATIVE = {operator.add, operator.mul, operator.and_, operator.or_, operator
 """Operators whose operands may change places: a number comes second."""
 
 ALIASES: dict[str, str] = {
+    "_threshold": "threshold",
     "absolute": "abs",
     "bmm": "matmul",
     "mm": "matmul",

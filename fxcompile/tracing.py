@@ -248,7 +248,6 @@ def _stacking_obstacle(program: Program, reference: Reference) -> str | None:
         for index, (first, second) in enumerate(zip(reference.examples, other, strict=True))
     ]
     other = [tensor if index in batched else reference.examples[index] for index, tensor in enumerate(other)]
-    size = reference.examples[0].shape[0]
     fixed = "the model was written or exported for the example's batch size"
     try:
         parts = zip(flatten_tensors(reference.output), flatten_tensors(reference.run(other)), strict=True)
@@ -258,7 +257,7 @@ def _stacking_obstacle(program: Program, reference: Reference) -> str | None:
     expected = []
     for (first, second), shape in zip(parts, shapes, strict=True):
         axes = [axis for axis, (old, new) in enumerate(zip(first.shape, shape, strict=False)) if old != new]
-        if len(first.shape) != len(shape) or len(axes) != 1 or first.shape[axes[0]] != size:
+        if len(first.shape) != len(shape) or len(axes) != 1 or shape[axes[0]] != 2 * first.shape[axes[0]]:
             return "not every output has an axis for it"
         expected.append(torch.cat([first, second], axes[0]))
     try:

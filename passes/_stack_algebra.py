@@ -153,8 +153,9 @@ def relu_shift(minimum: Tensor, following: Tensor, groups: int = 1) -> tuple[Ten
 def corner_stack(weight: Tensor, groups: int = 1) -> list[Tensor]:
     """An exact stack, by construction and without rounding: the taps of W are shared out among shifted copies.
 
-    With C <= O the first stage copies each input to the 2^d corners of its kernel (M = 2^d C), and the rest, smaller
-    by 2 on each axis, takes at each corner the taps it is the first to reach. With O < C the same from the other end.
+    With C <= O the first stage copies each input to the 2^d corners of its kernel (M = 2^d C; to all 3 taps of an axis
+    that is 3 long), and the rest, smaller by 2 on each axis, takes at each corner the taps it is the first to reach.
+    With O < C the same from the other end.
     """
     return [x.flatten(0, 1) for x in _corners(split(weight, groups), stage_kernels(weight.shape[2:]))]
 
@@ -170,7 +171,7 @@ def _corners(weight: Tensor, kernels: list[tuple[int, ...]]) -> list[Tensor]:
     copies: list[Tensor] = []
     taken: list[Tensor] = []
     left = weight.clone()
-    for corner in product(*[range(0, s, 2) for s in kernels[0]]):
+    for corner in product(*[range(0, s, min(2, n)) for s, n in zip(kernels[0], rest, strict=True)]):
         copy = weight.new_zeros(groups, inputs, inputs, *kernels[0])
         cut(copy, [(at, 1) for at in corner]).flatten(3)[..., 0].diagonal(dim1=1, dim2=2).fill_(1)
         window = cut(left, zip(corner, rest, strict=True))

@@ -19,8 +19,8 @@ from ._stack_algebra import cut, split, squares, stage_kernels
 
 AMPLIFICATION_LIMIT = 4.0
 """How far a stack may multiply independent relative errors of its weights; above it the fit is regularised more."""
-_FLOPS, _SWEEPS = 1e12, (8, 200)
-_START_RIDGE, _PROXIMAL, _CONVERGED = 1e-3, 1e-10, 1e-4
+_FLOPS, _SWEEPS, _STARTS, _DIRECT = 1e12, (8, 200), 512, 200
+_START_RIDGE, _MOST_RIDGE, _PROXIMAL, _CONVERGED = 1e-3, 1e-2, 1e-10, 1e-4
 
 
 def stack(
@@ -47,9 +47,9 @@ def stack(
         raise ValueError("the weight holds values that are not finite")
     norm = target.flatten(1).norm(dim=1).clamp_min(1e-300)
     target = target / _like(norm, target)
-    if math.prod(weight.shape[:2]) <= 4 * groups:
-        stages = _best_of(4, target, shape, kernels, generator, limit)
-        stages = _alternate(target, stages, sweeps, limit)
+    starts = min(_STARTS // (target.shape[1] * target.shape[2]), 8, 8 * _STARTS // groups)
+    if starts > 1:
+        stages = _alternate(target, _best_of(starts, target, shape, kernels, generator, limit), sweeps, limit)
     else:
         stages = _fit(target, shape, kernels, generator, sweeps, limit, groups)
     scale = norm.pow(1 / len(stages))
@@ -64,7 +64,7 @@ def _best_of(
     generator: torch.Generator,
     limit: float,
 ) -> list[Tensor]:
-    """Group by group the best of several short fits, for depthwise layers: many local minima, and cheap sweeps."""
+    """Group by group the best of several short fits, for few channels: more local minima, and cheap sweeps."""
     groups, repeated = len(target), target.repeat(starts, *[1] * (target.dim() - 1))
     stages = _fit(repeated, widths, kernels, generator, 10, limit, groups)
     errors = _error(repeated, stages).reshape(starts, groups)
@@ -128,7 +128,8 @@ def _alternate(target: Tensor, stages: list[Tensor], sweeps: int | None, limit: 
     sweeps = sweeps or min(max(int(_FLOPS / _work(stages, grid)), _SWEEPS[0]), _SWEEPS[1])
     decay = max(0.5, 1e-5 ** (3 / sweeps))
     wanted, squared = spectrum(target, grid), target.flatten(1).square().sum(1)
-    ridge, step = torch.full_like(squared, _START_RIDGE), torch.ones_like(squared)
+    ridge = torch.full_like(squared, _START_RIDGE ** (len(stages) / 2))  # more stages collapse to zero sooner
+    step = torch.ones_like(squared)
     active, reached = torch.arange(len(target), device=target.device), torch.full_like(squared, math.inf)
     stages = balance([*stages[:-1], _solve(wanted, stages, len(stages) - 1, grid, ridge)])
     result = [x.clone() for x in stages]
@@ -156,7 +157,9 @@ def _alternate(target: Tensor, stages: list[Tensor], sweeps: int | None, limit: 
             if not len(active):
                 break
         cancelling = squares(stages) > limit**2 * squared
-        ridge = torch.where(cancelling, ridge * 3 + 1e-9, torch.where(ridge > 1e-14, ridge * decay, 0))
+        ridge = torch.where(
+            cancelling, (ridge * 3 + 1e-9).clamp_max(_MOST_RIDGE), torch.where(ridge > 1e-8, ridge * decay, 0)
+        )
     return result
 
 
@@ -176,26 +179,34 @@ def _solve(wanted: Tensor, stages: list[Tensor], at: int, grid: torch.Size, ridg
     x, spectra = stages[at], [spectrum(s, grid) for s in stages]
     before, after, residual = spectra[:at], spectra[at + 1 :], wanted - chain(spectra)
     if not after:
-        return x + _normal_step(residual, chain(before), x, grid, ridge)
+        right = chain(before)
+        gradient = crop(taps(residual @ right.mH, grid), x.shape[3:]) - _like(ridge, x) * x
+        return x + _normal_step(right @ right.mH, gradient, grid, ridge)
     if not before:
-        return x + _normal_step(residual.mT, chain(after).mT, x.transpose(1, 2), grid, ridge).transpose(1, 2)
-    return x + _gradient_steps(residual, chain(after), chain(before), x, grid, ridge)
+        left = chain(after)
+        gradient = crop(taps(left.mH @ residual, grid), x.shape[3:]) - _like(ridge, x) * x
+        return x + _normal_step((left.mH @ left).mT, gradient.transpose(1, 2), grid, ridge).transpose(1, 2)
+    left, right = chain(after), chain(before)
+    gradient = crop(taps(left.mH @ residual @ right.mH, grid), x.shape[3:]) - _like(ridge, x) * x
+    outer, inner = left.mH @ left, right @ right.mH
+    if x[0].numel() > _DIRECT:
+        return x + _gradient_steps(outer, inner, gradient, grid, ridge)
+    pairs = torch.einsum("gfab,gfdc->gfbdac", outer, inner).flatten(4).flatten(2, 3)
+    return x + _normal_step(pairs, gradient.flatten(1, 2)[:, None], grid, ridge).reshape(x.shape)
 
 
-def _normal_step(residual: Tensor, right: Tensor, x: Tensor, grid: torch.Size, ridge: Tensor) -> Tensor:
-    """The best change of the last stage `x` [g, O, M, *k]: all outputs share one system of size M |k|.
+def _normal_step(gram: Tensor, gradient: Tensor, grid: torch.Size, ridge: Tensor) -> Tensor:
+    """The X [g, O, M, *k] at which crop(taps(X^ gram)) = gradient: all outputs share one system of size M |k|.
 
-    Its normal matrix is block Toeplitz, G[(m, u), (n, v)] = P[m, n, v - u], with P the correlation of R with itself.
+    Its matrix is block Toeplitz, G[(m, u), (n, v)] = P[m, n, v - u] with P the taps of `gram` [g, f, M, M].
     """
-    kernel = x.shape[3:]
-    gradient = crop(taps(residual @ right.mH, grid), kernel) - _like(ridge, x) * x
+    kernel = gradient.shape[3:]
     offsets = torch.cartesian_prod(*[torch.arange(k) for k in kernel]).reshape(-1, len(kernel))
     lags = torch.zeros(len(offsets), len(offsets), dtype=torch.long)
     for axis, points in enumerate(grid):
         lags = lags * points + (offsets[None, :, axis] - offsets[:, None, axis]) % points
-    normal = taps(right @ right.mH, grid).flatten(3)[..., lags].transpose(2, 3).flatten(3).flatten(1, 2)
-    solution = _positive_solve(normal, gradient.flatten(2).mT, ridge)
-    return solution.mT.reshape(x.shape)
+    normal = taps(gram, grid).flatten(3)[..., lags].transpose(2, 3).flatten(3).flatten(1, 2)
+    return _positive_solve(normal, gradient.flatten(2).mT, ridge).mT.reshape(gradient.shape)
 
 
 def _positive_solve(normal: Tensor, wanted: Tensor, ridge: Tensor) -> Tensor:
@@ -212,13 +223,14 @@ def _positive_solve(normal: Tensor, wanted: Tensor, ridge: Tensor) -> Tensor:
 
 
 def _gradient_steps(
-    residual: Tensor, left: Tensor, right: Tensor, x: Tensor, grid: torch.Size, ridge: Tensor, steps: int = 8
+    outer: Tensor, inner: Tensor, gradient: Tensor, grid: torch.Size, ridge: Tensor, steps: int = 8
 ) -> Tensor:
     """A good change of an inner stage by conjugate gradients, each step of which lowers the objective.
 
-    The system couples all of X; its diagonal blocks, sum_f L^H L and sum_f R R^H, precondition it.
+    The system, outer X^ inner with outer = L^H L and inner = R R^H, couples all of X; the sums of the two over all
+    frequencies precondition it.
     """
-    kernel, outer, inner = x.shape[3:], left.mH @ left, right @ right.mH
+    kernel = gradient.shape[3:]
     factors = [_positive_factor(taps(gram, grid).flatten(3)[..., 0]) for gram in (outer, inner)]
 
     def apply(v: Tensor) -> Tensor:
@@ -231,18 +243,17 @@ def _gradient_steps(
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).flatten(1).sum(1)
 
-    change = torch.zeros_like(x)
-    left_over = crop(taps(left.mH @ residual @ right.mH, grid), kernel) - _like(ridge, x) * x
+    change, left_over = torch.zeros_like(gradient), gradient
     direction = fixed = precondition(left_over)
     slope = dot(left_over, fixed)
     for _ in range(steps):
         image = apply(direction)
         length = slope / dot(direction, image).clamp_min(1e-300)
-        change = change + _like(length, x) * direction
-        left_over = left_over - _like(length, x) * image
+        change = change + _like(length, change) * direction
+        left_over = left_over - _like(length, change) * image
         fixed = precondition(left_over)
         before, slope = slope, dot(left_over, fixed)
-        direction = fixed + _like(slope / before.clamp_min(1e-300), x) * direction
+        direction = fixed + _like(slope / before.clamp_min(1e-300), change) * direction
     return change
 
 
@@ -258,7 +269,7 @@ def balance(stages: list[Tensor]) -> list[Tensor]:
     stages = list(stages)
     for at in range(len(stages) - 1):
         into, out = stages[at].flatten(2).norm(dim=2), stages[at + 1].transpose(1, 2).flatten(2).norm(dim=2)
-        scale = torch.where((into > 0) & (out > 0), (out / into.clamp_min(1e-300)).sqrt(), 1.0)
+        scale = torch.where((into > 1e-150) & (out > 1e-150), (out / into.clamp_min(1e-150)).sqrt(), 1.0)
         stages[at] = stages[at] * scale.reshape(*scale.shape, *[1] * (stages[at].dim() - 2))
         stages[at + 1] = stages[at + 1] / scale.reshape(len(scale), 1, -1, *[1] * (stages[at].dim() - 3))
     return stages
@@ -268,7 +279,7 @@ def _work(stages: list[Tensor], grid: torch.Size) -> float:
     """Floating-point operations of a sweep, roughly."""
     groups, points = len(stages[0]), math.prod(grid)
     outputs, inputs = stages[-1].shape[1], stages[0].shape[2]
-    work = 2e7 + 5e6 * groups  # calls cost as much
+    work = 2e7 + 1e7 * groups  # calls cost as much
     for x in stages:
         rows, columns, size = x.shape[1], x.shape[2], math.prod(x.shape[3:])
         shared, unknowns = (rows, columns * size) if x is not stages[0] else (columns, rows * size)

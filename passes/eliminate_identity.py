@@ -198,7 +198,7 @@ def repeated(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | None:
 
 
 def pair(program: Program, node: fx.Node, sizes: _Sizes) -> tuple[fx.Node, ...] | None:
-    """Two permutations, two reshapes, or a tensor split into one part: as one."""
+    """Two permutations, two reshapes, or a tensor split into one part: as one. The sizes of a reshape stand alone."""
     first = node.all_input_nodes[0]
     if len(node.all_input_nodes) != 1 or len(first.all_input_nodes) != 1 or len(first.users) != 1:
         return None
@@ -207,7 +207,7 @@ def pair(program: Program, node: fx.Node, sizes: _Sizes) -> tuple[fx.Node, ...] 
         return first, node
     if node.target in SHAPES and first.target in SHAPES:
         identity = shape_of(node) == shape_of(source)
-        return (first, node) if (sizes.same(node, source) if identity else reshapes_alone(node)) else None
+        return (first, node) if (sizes.same(node, source) if identity else node.target is torch.reshape) else None
     if node.target is operator.getitem and first.target in PARTS and shape_of(node) == shape_of(source):
         return (first, node) if sizes.same(node, source) else None
     return None
@@ -226,10 +226,3 @@ def order_of(node: fx.Node) -> list[int]:
 def composed(first: list[int], second: list[int]) -> list[int]:
     """One permutation for two in a row."""
     return [first[axis] for axis in second]
-
-
-def reshapes_alone(node: fx.Node) -> bool:
-    """Whether a reshape says its result by itself, whatever the shape before it."""
-    if node.target is torch.reshape:
-        return isinstance(node.args[1], tuple) and all(isinstance(size, int) for size in node.args[1])
-    return False

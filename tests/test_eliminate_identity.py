@@ -116,6 +116,8 @@ STAYS: dict[str, tuple[Case, list[str]]] = {
         lambda m, x: F.interpolate(x, scale_factor=1.05, mode="bilinear"), ["interpolate"]),
     "an average that counts otherwise": (lambda m, x: F.avg_pool2d(x, 1, divisor_override=2), ["AvgPool2d"]),
     "a pool of one pixel in two": (lambda m, x: F.max_pool2d(x, 1, 2), ["MaxPool2d"]),
+    "a pool of one pixel in two, of a map of one": (
+        lambda m, x: F.max_pool2d(x.mean((2, 3), keepdim=True), 1, 2), ["mean", "MaxPool2d"]),
     "a pool of the same size": (lambda m, x: F.max_pool2d(x, 3, 1, 1), ["MaxPool2d"]),
     "a tensor of ones": (lambda m, x: x * m.ones, ["mul"]),
     "a sum with itself": (lambda m, x: x + x, ["add"]),
@@ -193,6 +195,13 @@ def test_of_several_calls_of_one_layer_only_the_identity_goes() -> None:
     assert sorted(result.program.module.state_dict()) == ["conv.bias", "conv.weight"]
     pool = Net(lambda m, x: m.pool(m.pool(x)), pool=nn.AdaptiveAvgPool2d(2))
     assert operations(eliminated(pool, image()).program) == ["AdaptiveAvgPool2d"]
+
+
+def test_pairs_do_not_overlap() -> None:
+    model = Net(lambda m, x: torch.tanh(x.transpose(1, 2).transpose(1, 2).transpose(1, 2)))
+    result = eliminated(model, image())
+    assert operations(result.program) == ["permute", "Tanh"]
+    assert len(result.record.passes[0].sites) == 1
 
 
 def test_a_fixed_batch_lets_more_go() -> None:
