@@ -54,6 +54,10 @@ class Site:
         """The first layer."""
         return self.layers[0]
 
+    def calls(self) -> Iterator[tuple[fx.Node, nn.Module]]:
+        """Each node that calls a layer, with that layer."""
+        return zip((node for node in self.nodes if node.op == "call_module"), self.layers, strict=True)
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of the first node's input for the example inputs."""

@@ -28,21 +28,50 @@ class Fragment:
     Attributes:
         root: holds the new layers, by the targets of the graph's nodes.
         graph: placeholders for the site's inputs, the new nodes, one output.
-        chain: how many layers follow each other, or None where the graph is any other.
     """
 
     root: nn.Module
     graph: fx.Graph
-    chain: int | None
 
     @property
     def nodes(self) -> list[fx.Node]:
         """The nodes that will be new in the program."""
         return [node for node in self.graph.nodes if node.op not in ("placeholder", "output")]
 
-    def path(self, site: Site, target: str) -> str:
-        """Where a layer of the fragment is stored in the program: under the site's name."""
-        return site.name if self.chain == 1 else f"{site.name}.{target}"
+    def paths(self, site: Site) -> dict[str, str]:
+        """Where each layer and tensor of the fragment is to be stored in the program, by its target here.
+
+        A layer that the site has already keeps its name. The only layer with weights takes the site's, so that a folded
+        layer's tensors are still found under the name they had, and what else is new stands beside it; several go under
+        the site's name.
+        """
+        targets = dict.fromkeys(str(node.target) for node in self.nodes if node.op in ("call_module", "get_attr"))
+        held = {target: fetch(self.root, target) for target in targets}
+        old = {str(node.target): layer for node, layer in site.calls()}
+        paths: dict[str, str] = {}
+        for target, what in held.items():
+            name = next((name for name, layer in old.items() if same_layer(what, layer)), None)
+            if name is not None:
+                paths[target] = name
+                del old[name]
+        new = [target for target in targets if target not in paths]
+        weighted = [target for target in new if holds_weights(held[target])]
+        heirs = weighted if len(weighted) == 1 else new if len(new) == 1 else []
+        for target in new:
+            paths[target] = site.name if target in heirs else f"{site.name}{'_' if heirs else '.'}{target}"
+        return paths
+
+
+def holds_weights(what: object) -> bool:
+    """Whether something stored in a program is a layer with parameters."""
+    return isinstance(what, nn.Module) and any(True for _ in what.parameters())
+
+
+def same_layer(what: object, layer: nn.Module) -> bool:
+    """Whether something of a fragment is a layer of the site: itself, or one without weights that does the same."""
+    if what is layer:
+        return True
+    return type(what) is type(layer) and not holds_weights(layer) and repr(what) == repr(layer)
 
 
 def fragment_of(site: Site, replacement: Replacement) -> Fragment:
@@ -85,7 +114,7 @@ def _chain_fragment(inputs: Sequence[fx.Node], modules: Sequence[nn.Module]) -> 
         current = graph.call_module(str(index), (current,))
         record_shape(current, value)
     graph.output(current)
-    return Fragment(root, graph, len(modules))
+    return Fragment(root, graph)
 
 
 def _traced_fragment(inputs: Sequence[fx.Node], module: nn.Module) -> Fragment:
@@ -94,7 +123,7 @@ def _traced_fragment(inputs: Sequence[fx.Node], module: nn.Module) -> Fragment:
     raw = fx.symbolic_trace(module)
     make_functional(raw, zeros)
     canonical = canonicalise(raw, raw)
-    return Fragment(canonical, canonical.graph, None)
+    return Fragment(canonical, canonical.graph)
 
 
 class Splicer:
@@ -115,11 +144,7 @@ class Splicer:
             return None
         for node in site.nodes:
             weights = self.program.layer(node)
-            if (
-                weights is not None
-                and any(True for _ in weights.parameters())
-                and len(self.calls[str(node.target)]) > 1
-            ):
+            if holds_weights(weights) and len(self.calls[str(node.target)]) > 1:
                 return f"layer '{node.target}' is called {len(self.calls[str(node.target)])} times"
         inside = set(site.nodes)
         for node in site.nodes[:-1]:
@@ -148,22 +173,19 @@ class Splicer:
 
     def _callers(self, site: Site) -> list[fx.Node]:
         """All calls of a layer with weights, which is rewritten once for all of them; none for other sites."""
-        held = len(site.nodes) == 1 and any(True for layer in site.layers for _ in layer.parameters())
+        held = len(site.nodes) == 1 and any(map(holds_weights, site.layers))
         return list(self.calls[str(site.node.target)]) if held else []
 
     def _place(self, site: Site, fragment: Fragment) -> dict[str, str]:
         """Store the fragment's layers and tensors in the program; returns their names there."""
         names: dict[str, str] = {}
-        for node in fragment.nodes:
-            target = str(node.target)
-            if node.op in ("call_module", "get_attr") and target not in names:
-                name = wanted = fragment.path(site, target)
-                count = 0
-                while not is_free_in(self.program.module, name):
-                    count += 1
-                    name = f"{wanted}_{count}"
-                names[target] = name
-                place(self.program.module, name, fetch(fragment.root, target))
+        for target, wanted in fragment.paths(site).items():
+            name, count = wanted, 0
+            while not is_free_in(self.program.module, name):
+                count += 1
+                name = f"{wanted}_{count}"
+            names[target] = name
+            place(self.program.module, name, fetch(fragment.root, target))
         return names
 
     def _inline(self, region: Sequence[fx.Node], fragment: Fragment, names: dict[str, str]) -> list[fx.Node]:

@@ -399,7 +399,6 @@ def test_gradients_reach_every_parameter_and_the_original_is_untouched() -> None
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.xfail(strict=False, reason="a layer's name is kept by the splicer, once it does so")
 @pytest.mark.parametrize("case", FOLDS)
 def test_state_dict_names_are_kept(case: str) -> None:
     make, shape = FOLDS[case]

@@ -135,3 +135,43 @@ def test_amplified_rounding_passes_and_a_real_error_does_not() -> None:
     compare_noisy([exact[0].float()], own, program, (x,))
     with pytest.raises(Broken, match="rounding reaches"):
         compare_noisy([exact[0].float() * 1.5], own, program, (x,))
+
+
+def squeezed(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 1), activation, nn.Conv2d(3, 2, 1, bias=False)).eval()
+
+
+def test_a_sigmoid_that_is_zero_far_out_is_rounding_and_a_scale_is_not() -> None:
+    """ONNX Runtime's sigmoid of -30 is 0, torch's 9e-14: right to a share of 1. On the way on it is no excuse."""
+    torch.manual_seed(0)
+    model = squeezed(nn.Sigmoid())
+    far, near = torch.full((1, 2, 3, 3), -1.0), torch.randn(1, 2, 3, 3)
+    with torch.no_grad():
+        model[0].weight.fill_(15.0)  # type: ignore[union-attr]
+    program = trace(model, near)
+    own = program.outputs(far)
+    assert 0 < own[0].abs().max() < 1e-12
+    compare_noisy([torch.zeros_like(own[0])], own, program, (far,))
+    with pytest.raises(Broken, match="rounding reaches"):
+        compare_noisy([own[0] + 1e-5], own, program, (far,))
+    (clear,) = program.outputs(near)
+    with pytest.raises(Broken, match="rounding reaches"):
+        compare_noisy([clear * (1 + 5e-5)], (clear,), program, (near,))
+
+
+@pytest.mark.parametrize(("activation", "place"), [(nn.SiLU(), -20.0), (nn.GELU(), -5.0)])
+def test_tails_of_gates_are_right_to_a_share_of_their_input(activation: nn.Module, place: float) -> None:
+    program = trace(nn.Sequential(activation), torch.randn(1, 64))
+    x = torch.full((1, 64), place)
+    exact = run_double(program, (x,))
+    (reach,) = rounding_reach(program, (x,), exact)
+    largest, epsilon = float(exact[0].abs().max()), torch.finfo(torch.float32).eps
+    assert largest < 1e-5
+    assert 0.9 * epsilon * -place < reach * largest <= epsilon * -place + 1e-6 * largest
+
+
+def test_other_layers_have_no_floor() -> None:
+    program = trace(nn.Sequential(nn.Tanh()), torch.randn(1, 4))
+    x = torch.full((1, 4), 1e-20)
+    (reach,) = rounding_reach(program, (x,), run_double(program, (x,)))
+    assert reach <= 1e-6 * (1 + 1e-6)
