@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,17 +222,22 @@ def load(model: Path, factory: str | None, input_shapes: tuple[str, ...], allow_
     """Read and trace the model that the arguments name."""
     from fxcompile.reading import read_model
     from fxcompile.shapes import example_inputs
+    from fxcompile.timing import Stopwatch
     from fxcompile.tracing import trace
 
-    file = read_model(model, factory=factory, allow_pickle=allow_pickle)
+    watch = Stopwatch()
+    with watch.stage("reading"):
+        file = read_model(model, factory=factory, allow_pickle=allow_pickle)
     if file.exported is not None:
         if input_shapes:
             raise UsageError("a .pt2 brings its own input shapes", mend="leave --input-shape out")
         args, kwargs = file.example_inputs or ((), {})
-        return trace(file.exported, args, kwargs)
-    assert file.module is not None
-    args, kwargs = example_inputs(file.module, input_shapes)
-    return trace(file.module, args, kwargs)
+        program = trace(file.exported, args, kwargs)
+    else:
+        assert file.module is not None
+        args, kwargs = example_inputs(file.module, input_shapes)
+        program = trace(file.module, args, kwargs)
+    return replace(program, seconds={**watch.seconds, **program.seconds})
 
 
 def pipeline_text(passes: str) -> str:

@@ -60,12 +60,14 @@ def save_onnx(
         raise UsageError(f"opset {opset} is not supported", mend=f"choose {OPSETS.start} to {OPSETS.stop - 1}")
     check_writable(path)
     try:
-        model = export(program, opset)
+        with result.watch.stage("export"):
+            model = export(program, opset)
     except EmitError:
         if dynamic != "batch" or not program.batch_is_free:
             raise
         program = with_dynamic(result.program, "none")
-        model = export(program, opset)
+        with result.watch.stage("export"):
+            model = export(program, opset)
         result.record.notes.append("the batch is fixed in the file: the exporter could not keep it free")
     metadata = {"fxcompile.pipeline": result.record.pipeline, "fxcompile.seed": str(result.seed)}
     for options in SIMPLIFICATIONS:
@@ -90,16 +92,22 @@ def _write(
     verify: bool,
 ) -> FileReport:
     """Simplify, write beside the output, check there, and only then put it in its place."""
-    file = simplify(model, program, options)
+    watch = result.watch
+    with watch.stage("simplify"):
+        file = simplify(model, program, options)
     file.proto.producer_name, file.proto.producer_version = "fxcompile", version()
     put_metadata(file.proto.metadata_props, metadata)
     with scratch_beside(path) as folder:
         scratch = folder / path.name
-        write_onnx(file, scratch)
-        check_model(scratch)
+        with watch.stage("write"):
+            write_onnx(file, scratch)
+        with watch.stage("check"):
+            check_model(scratch)
         examples = max(2, min(result.examples, 8)) if verify else 0
-        error = verify_file(scratch, program, result.inputs, examples, result.seed) if verify else 0.0
-        size = publish(scratch, path)
+        with watch.stage("runtime"):
+            error = verify_file(scratch, program, result.inputs, examples, result.seed) if verify else 0.0
+        with watch.stage("write"):
+            size = publish(scratch, path)
     graph = file.proto.graph
     opset = next(item.version for item in file.proto.opset_import if item.domain == "")
     return FileReport(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from fxcompile.program import FEATURE, ORIGIN, Program, shape_of
 from fxcompile.report import Report
 from fxcompile.rewriting import Pass, describe_layer
 from fxcompile.running import Progress, Run, Verify
+from fxcompile.timing import Stopwatch
 from fxcompile.verification import Inputs
 
 MAC_BUDGET = 60_000_000_000
@@ -43,6 +43,7 @@ class Result:
     inputs: Inputs = field(repr=False)
     examples: int = 0
     seed: int = 0
+    watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
     _module: list[fx.GraphModule] = field(default_factory=list, repr=False)
 
     @property
@@ -107,6 +108,20 @@ class PassManager:
             RewriteError: a pass gave a replacement that does not fit.
             CalibrationError: the calibration data does not fit the program's inputs.
         """
+        watch = Stopwatch(program.seconds)
+        with watch.stage("analysis"):
+            run, examples = self._prepare(program, model, watch)
+            self._dump(0, "traced", run.program)
+        for index, pass_ in enumerate(self.passes, 1):
+            run.record.passes.append(run.apply(pass_))
+            with watch.stage("analysis"):
+                self._dump(index, pass_.name, run.program)
+        with watch.stage("analysis"):
+            run.record.after = program_cost(run.program)
+        return Result(run.program, program, run.record, run.inputs, examples, self.seed, watch)
+
+    def _prepare(self, program: Program, model: str, watch: Stopwatch) -> tuple[Run, int]:
+        """A run on a copy of the program, and how many inputs to draw for a check of the whole network."""
         data = None if self.calibration is None else as_calibration(self.calibration, program.inputs)
         inputs = Inputs(program.inputs, program.examples, data)
         examples = self.verify_examples if self.verify_examples is not None else default_examples(program)
@@ -118,6 +133,7 @@ class PassManager:
             before,
             before,
             notes=list(program.notes),
+            seconds=watch.seconds,
         )
         original = program.snapshot()
         for node in original.graph.nodes:
@@ -132,15 +148,9 @@ class PassManager:
             verify=self.verify,
             examples=examples if self.verify != "off" else 0,
             progress=self.progress,
+            watch=watch,
         )
-        started = time.perf_counter()
-        self._dump(0, "traced", run.program)
-        for index, pass_ in enumerate(self.passes, 1):
-            record.passes.append(run.apply(pass_))
-            self._dump(index, pass_.name, run.program)
-        record.after = program_cost(run.program)
-        record.seconds["passes"] = time.perf_counter() - started
-        return Result(run.program, program, record, inputs, examples, self.seed)
+        return run, examples
 
     def _dump(self, index: int, name: str, program: Program) -> None:
         if self.dump_dir is not None:

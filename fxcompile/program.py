@@ -35,6 +35,7 @@ class Program:
         inputs: name, shape and dtype of each placeholder; `batch_axis` is None where the batch is fixed.
         output_names: one name for each tensor of the (possibly nested) output.
         notes: what tracing had to give up, a sentence each.
+        seconds: what it took to make the program, by stage.
     """
 
     module: fx.GraphModule
@@ -42,6 +43,7 @@ class Program:
     inputs: tuple[InputSpec, ...]
     output_names: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def graph(self) -> fx.Graph:

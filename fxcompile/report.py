@@ -80,7 +80,14 @@ class FileReport:
 
 @dataclass
 class Report:
-    """A whole compilation."""
+    """A whole compilation.
+
+    Attributes:
+        notes: what had to be given up, a sentence each.
+        seconds: time by stage, which adds up to the whole: reading, tracing, each pass under its name (finding sites,
+            rewriting, fitting), analysis (costs, snapshots, checks of the graph), verification (of passes), export
+            (`torch.onnx.export`), simplify, write, check (`onnx.checker`), runtime (verification in ONNX Runtime).
+    """
 
     model: str
     pipeline: str

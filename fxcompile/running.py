@@ -19,6 +19,7 @@ from fxcompile.report import PassReport, Report, SiteReport
 from fxcompile.rewriting import Pass, Replacement, Site, Skip, describe_layer
 from fxcompile.sitedata import SiteData, full_batches, synthetic_batch
 from fxcompile.splice import Splicer, finish, fragment_of, region_inputs, run_region, run_replacement
+from fxcompile.timing import Stopwatch
 from fxcompile.verification import Broken, Case, Inputs, cases, compare, compare_programs, draw, search
 
 Verify = Literal["raise", "rollback", "off"]
@@ -42,21 +43,25 @@ class Run:
     verify: Verify
     examples: int
     progress: Progress
+    watch: Stopwatch
     references: dict[Case, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def apply(self, pass_: Pass) -> PassReport:
         """Run one pass; what it breaks is raised or rolled back."""
         started = time.perf_counter()
-        report = PassReport(str(pass_), pass_.promise.name, before=program_cost(self.program))
-        snapshot = self.program.snapshot()
-        report.sites = self._rewrite(pass_)
-        kept = [site.name for site in report.sites if site.outcome == "kept"]
-        broken = self._verify(pass_, snapshot, report) if kept else None
-        if broken is not None:
-            self._roll_back(pass_, snapshot, report, kept, broken)
-        if not any(site.outcome == "kept" for site in report.sites) and report.outcome == "kept":
-            report.outcome = "left"
-        report.after = program_cost(self.program)
+        with self.watch.stage(pass_.name):
+            with self.watch.stage("analysis"):
+                report = PassReport(str(pass_), pass_.promise.name, before=program_cost(self.program))
+                snapshot = self.program.snapshot()
+            report.sites = self._rewrite(pass_)
+            kept = [site.name for site in report.sites if site.outcome == "kept"]
+            broken = self._verify(pass_, snapshot, report) if kept else None
+            if broken is not None:
+                self._roll_back(pass_, snapshot, report, kept, broken)
+            if not any(site.outcome == "kept" for site in report.sites) and report.outcome == "kept":
+                report.outcome = "left"
+            with self.watch.stage("analysis"):
+                report.after = program_cost(self.program)
         report.seconds = time.perf_counter() - started
         return report
 
@@ -86,7 +91,8 @@ class Run:
                 break
             report = reports[id(site)] = self._rewrite_site(pass_, site, splicer, data, local)
             kept += report.outcome == "kept"
-        finish(self.program)
+        with self.watch.stage("analysis"):
+            finish(self.program)
         return [reports[id(item)] for item in found if id(item) in reports]
 
     def _rewrite_site(
@@ -132,7 +138,8 @@ class Run:
                 return
             fragment = fragment_of(site, replacement)
         elif self.examples:
-            self._check_exact(pass_, site, local)
+            with self.watch.stage("verification"):
+                self._check_exact(pass_, site, local)
         following = site.nodes[-1].next
         stands_here = data is not None and data.walk.next in site.nodes
         made = splicer.replace(site, fragment)
@@ -180,6 +187,10 @@ class Run:
 
     def _verify(self, pass_: Pass, before: Program, report: PassReport) -> tuple[Case, str] | None:
         """Search for an input on which the whole network breaks the pass's contract."""
+        with self.watch.stage("verification"):
+            return self._search(pass_, before, report)
+
+    def _search(self, pass_: Pass, before: Program, report: PassReport) -> tuple[Case, str] | None:
         if not isinstance(pass_.promise, Exact):
             report.error, report.measured_on = self._output_error()
         if not self.examples:

@@ -27,6 +27,7 @@ from fxcompile.reference import ModelState, Reference, left_alone
 from fxcompile.refusals import Refused, one_line, quiet_torch, refusal
 from fxcompile.signature import Signature, output_names
 from fxcompile.symbolic import symbolic_graph
+from fxcompile.timing import Stopwatch
 from fxcompile.verification import relative_maximum
 
 __all__ = ["one_line", "quiet_torch", "trace"]
@@ -52,10 +53,14 @@ def trace(
     Raises:
         TraceError: neither road could follow the model; names the file and line of the model and what to change.
     """
-    args, kwargs = normalise_examples(example_inputs, example_kwargs)
-    if isinstance(model, ExportedProgram):
-        return _trace_exported(model, args, kwargs)
-    return _trace_module(unwrapped(model), args, kwargs)
+    watch = Stopwatch()
+    with watch.stage("tracing"):
+        args, kwargs = normalise_examples(example_inputs, example_kwargs)
+        if isinstance(model, ExportedProgram):
+            program = _trace_exported(model, args, kwargs)
+        else:
+            program = _trace_module(unwrapped(model), args, kwargs)
+    return replace(program, seconds=watch.seconds)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
