@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from fxcompile.functional import Unfollowable
+from fxcompile.lowering import NoSpelling
 from fxcompile.program import output_node
-from fxcompile.refusals import quiet_torch
+from fxcompile.refusals import model_frames, quiet_torch
 from fxcompile.signature import Signature
+
+_FRAMES = "_filter_traceback_frames", staticmethod(model_frames)
+"""Of all frames in which an operation was traced, those that `torch.fx` keeps as the node's stack trace."""
 
 
 @contextmanager
@@ -24,7 +31,9 @@ def quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), quiet_torch(), torch.no_grad():
             warnings.simplefilter("ignore")
-            yield
+            # It prints the graph that it could not finish, and notes no lines but those of methods named forward.
+            with redirect_stderr(io.StringIO()), mock.patch.object(fx.Tracer, *_FRAMES, create=True):
+                yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -84,6 +93,7 @@ def exported_graph(exported: ExportedProgram, signature: Signature, model: nn.Mo
     """The raw graph of an exported program: weights as `get_attr`, inputs flat and named like the model's."""
     raw = module_of(exported)
     raw.graph.set_codegen(fx.graph.CodeGen())
+    _inline_blocks(raw)
     placeholders = [node for node in raw.graph.nodes if node.op == "placeholder"]
     kept = signature.keep(placeholders)
     for node, name in zip(kept, signature.names, strict=True):
@@ -98,6 +108,44 @@ def exported_graph(exported: ExportedProgram, signature: Signature, model: nn.Mo
     _name_like_model(raw.graph, model)
     raw.recompile()
     return raw
+
+
+def _inline_blocks(module: fx.GraphModule) -> None:
+    """Put back in the graph what `torch.export` holds apart from it: blocks that set the gradient mode or autocast.
+
+    Raises:
+        NoSpelling: a block that is more than its operations one after the other.
+        Unfollowable: operations over the axis of `torch.vmap`, which functionalisation writes out.
+    """
+    for node in list(module.graph.nodes):
+        if "functorch" in str(getattr(node.target, "__module__", "")):
+            raise Unfollowable(node, "it maps a function over an axis")
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        name = node.target.name()
+        at = next(index for index, item in enumerate(node.args) if getattr(item, "op", "") == "get_attr")
+        target = str(node.args[at].target)
+        block = module.get_submodule(target)
+        assert isinstance(block, fx.GraphModule)
+        node.stack_trace = node.stack_trace or next(
+            (item.stack_trace for item in block.graph.nodes if item.stack_trace), None
+        )
+        if name == "wrap_with_autocast" and node.args[2] is True:
+            raise NoSpelling(node, "forward computes under autocast")
+        if name not in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
+            raise NoSpelling(node, f"forward calls the higher-order operation '{name}'")
+        _inline_blocks(block)
+        inputs = [item for item in block.graph.nodes if item.op == "placeholder"]
+        mapping: dict[fx.Node, Any] = dict(zip(inputs, node.args[at + 1 :], strict=True))
+        with module.graph.inserting_before(node):
+            outputs = module.graph.graph_copy(block.graph, mapping)
+        for item in block.graph.nodes:
+            if item.op in ("get_attr", "call_module"):
+                mapping[item].target = f"{target}.{item.target}"
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index]
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
 
 
 def _name_like_model(graph: fx.Graph, model: nn.Module | None) -> None:

@@ -81,6 +81,8 @@ def lower_logical_not(self: Canonicaliser, call: Call) -> Any:
 
 
 def lower_where(self: Canonicaliser, call: Call) -> Any:
+    if len(call.args) + len(call.kwargs) == 1:
+        return lower_value_dependent(self, call)
     if len(call.args) + len(call.kwargs) != 3 or "out" in call.kwargs:
         return NotImplemented
     args = list(call.args)

@@ -177,6 +177,8 @@ class Canonicaliser:
         return self._general(call)
 
     def _general(self, call: Call) -> Any:
+        if call.name.endswith("_backward"):
+            raise NoSpelling(call.node, "forward computes gradients")
         for each in RULES["*"]:
             new = each(self, call)
             if new is not NotImplemented:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fxcompile import spellings
 from fxcompile.errors import TraceError
 from fxcompile.program import flatten_tensors
-from fxcompile.refusals import current_line, one_line, text_at, user_line
+from fxcompile.refusals import current_line, definition, one_line, text_at, user_line
 from fxcompile.signature import Signature, plain_containers
 from fxcompile.verification import random_like
 
@@ -38,8 +38,7 @@ class Reference:
         if not self.examples:
             raise TraceError("no tensor among the example inputs", mend="give the tensors that forward takes")
         module = model if isinstance(model, nn.Module) else None
-        own = {id(tensor.untyped_storage()): name for name, tensor in own_tensors(module)} if module else {}
-        watch = Watch({tensor.untyped_storage().data_ptr() for _, tensor in own_tensors(module)} if own else set())
+        watch = Watch({memory(tensor) for _, tensor in own_tensors(module)})
         before = versions(module)
         try:
             with watch:
@@ -47,18 +46,22 @@ class Reference:
         except Exception as error:
             raise TraceError(
                 f"the model fails on the example inputs {signature.describe()}: {one_line(error)}",
-                place=user_line(error),
+                place=user_line(error) or definition(module),
                 mend="give the inputs that forward takes",
             ) from error
         self.suspects = watch.suspects
-        self._refuse_updates(module, before)
+        self._refuse_updates(module, before, watch.writes)
         if not flatten_tensors(self.output):
             what = type(self.output).__name__
             raise TraceError(
-                f"the model returns no tensor but {what}", mend="return the tensors that shall be the outputs"
+                f"the model returns no tensor but {what}",
+                place=definition(module),
+                mend="return the tensors that shall be the outputs",
             )
 
-    def _refuse_updates(self, module: nn.Module | None, before: dict[str, tuple[int, int]]) -> None:
+    def _refuse_updates(
+        self, module: nn.Module | None, before: dict[str, tuple[int, ...]], writes: dict[object, str]
+    ) -> None:
         """A buffer that settles after one run is a cache; one that goes on changing is state."""
         changed = [name for name, version in versions(module).items() if before.get(name) != version]
         if not changed or module is None:
@@ -67,11 +70,14 @@ class Reference:
         self.run(self.examples)
         for name, tensor in own_tensors(module):
             if name in first and (tensor.shape != first[name].shape or not torch.equal(tensor, first[name])):
-                place = self.suspects.get("write")
+                atoms = name.split(".")
+                owners = [module.get_submodule(".".join(atoms[:depth])) for depth in range(len(atoms))]
+                keys = [*((id(owner), atom) for owner, atom in zip(owners, atoms, strict=True)), memory(tensor)]
+                place = next((writes[key] for key in keys if key in writes), self.suspects.get("write"))
                 line = text_at(place)
                 raise TraceError(
                     f"forward updates the model's own tensor '{name}'{f' (`{line}`)' if line else ''}",
-                    place=place or f"model {type(module).__name__}",
+                    place=place or definition(module),
                     mend="compute the new value and return it instead of writing it to the module",
                 )
 
@@ -105,20 +111,53 @@ _VALUES = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__flo
 
 
 class Watch(TorchFunctionMode):
-    """Notes the lines of a model that do what no graph can hold, while the model runs."""
+    """Notes the lines of a model that do what no graph can hold, while the model runs.
+
+    Args:
+        own: where the model's own tensors lie in memory.
+
+    Attributes:
+        suspects: the first line of each kind: "random", "value" (made a Python number), "write" (to the module).
+        writes: the first line that wrote to each of the model's tensors, by `memory`, or set an attribute of one of its
+            modules to a tensor or layer, by the module's id and the attribute's name.
+    """
 
     def __init__(self, own: set[int]) -> None:
         super().__init__()
         self.own = own
         self.suspects: dict[str, str] = {}
+        self.writes: dict[object, str] = {}
+
+    def __enter__(self) -> Watch:
+        set_attribute = self._set_attribute = nn.Module.__setattr__
+
+        def watched(module: nn.Module, name: str, value: Any) -> None:
+            if isinstance(value, (Tensor, nn.Module)):
+                self._note("write", (id(module), name))
+            set_attribute(module, name, value)
+
+        nn.Module.__setattr__ = watched  # type: ignore[method-assign,assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        nn.Module.__setattr__ = self._set_attribute  # type: ignore[method-assign]
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = self._kind(getattr(func, "__name__", ""), args, kwargs or {})
-        if kind is not None and kind not in self.suspects:
-            line = current_line()
-            if line is not None:
-                self.suspects[kind] = line
+        if kind is not None:
+            self._note(kind, memory(args[0]) if kind == "write" else None)
         return func(*args, **(kwargs or {}))
+
+    def _note(self, kind: str, key: object) -> None:
+        if kind in self.suspects and (key is None or key in self.writes):
+            return
+        line = current_line()
+        if line is not None:
+            self.suspects.setdefault(kind, line)
+            if key is not None:
+                self.writes.setdefault(key, line)
 
     def _kind(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
         if name in _VALUES:
@@ -126,17 +165,19 @@ class Watch(TorchFunctionMode):
         bare = name.rstrip("_")
         if bare in spellings.RANDOM or (bare in spellings.RANDOM_IN_TRAINING and kwargs.get("training")):
             return "random"
-        in_place = name == "__setitem__" or (
+        in_place = name in ("__setitem__", "__set__") or (
             name.startswith("__i") and name not in ("__int__", "__invert__", "__index__")
         )
         if in_place or (name.endswith("_") and not name.endswith("__")):
             first = args[0] if args else None
-            if isinstance(first, Tensor) and first.layout == torch.strided and self._is_own(first):
+            if isinstance(first, Tensor) and first.layout == torch.strided and memory(first) in self.own:
                 return "write"
         return None
 
-    def _is_own(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self.own
+
+def memory(tensor: Tensor) -> int:
+    """Where a tensor's storage lies."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def own_tensors(module: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
@@ -146,20 +187,24 @@ def own_tensors(module: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
         yield from module.named_buffers()
 
 
-def versions(module: nn.Module | None) -> dict[str, tuple[int, int]]:
-    """For each parameter and buffer, which tensor it is and how often that was written to."""
+def versions(module: nn.Module | None) -> dict[str, tuple[int, ...]]:
+    """For each parameter and buffer, which tensor it is, where it lies, and how often it was written to."""
     return {
-        name: (id(tensor), -1 if tensor.is_inference() else tensor._version) for name, tensor in own_tensors(module)
+        name: (id(tensor), memory(tensor), -1 if tensor.is_inference() else tensor._version)
+        for name, tensor in own_tensors(module)
     }
 
 
 @contextmanager
 def left_alone(model: nn.Module) -> Iterator[ModelState]:
-    """The model in eval mode; afterwards its modes, attributes and buffers are what they were."""
+    """The model in eval mode; afterwards its modes, attributes and buffers are what they were, and so is the seed."""
     state = ModelState(model, values=True)
     model.eval()
+    for module in model.modules():
+        module._compiled_call_impl = None  # what `module.compile()` sets
     try:
-        yield state
+        with torch.random.fork_rng(devices=[]):
+            yield state
     finally:
         state.restore()
 
@@ -169,7 +214,7 @@ class ModelState:
 
     Args:
         model: the model.
-        values: keep the values of buffers, too.
+        values: keep the values of buffers, and which memory parameters lie in, too.
     """
 
     def __init__(self, model: nn.Module, values: bool = False) -> None:
@@ -185,6 +230,7 @@ class ModelState:
             for buffer in model.buffers()
             if values and not buffer.is_inference()
         ]
+        self._parameters = [(parameter, parameter.detach()) for parameter in model.parameters() if values]
 
     def restore(self) -> None:
         """Put everything back."""
@@ -201,3 +247,6 @@ class ModelState:
             for buffer, values, version in self._buffers:
                 if buffer._version != version:
                     buffer.copy_(values)
+        for parameter, own in self._parameters:
+            if memory(parameter) != memory(own):
+                parameter.data = own

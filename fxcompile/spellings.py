@@ -200,6 +200,9 @@ ALIASES: dict[str, str] = {
     "view_copy": "reshape",
     "sym_size": "size",
     "_to_copy": "to",
+    "_unique2": "unique",
+    "unique_dim": "unique",
+    "nonzero_numpy": "nonzero",
     "index_put_impl": "index_put",
 }
 """Names of the same operation with the same arguments."""
@@ -264,13 +267,10 @@ TAKES_NUMBERS = frozenset(["item", "_local_scalar_dense", "tolist", "numpy"])
 UNKNOWN_SHAPE = frozenset(
     [
         "nonzero",
-        "nonzero_numpy",
         "argwhere",
         "masked_select",
         "unique",
-        "_unique2",
         "unique_consecutive",
-        "unique_dim",
         "bincount",
     ]
 )

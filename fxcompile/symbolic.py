@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxcompile.layers import CONVOLUTIONS, computes_weights, plain_kind
-from fxcompile.lowering import MODULE_RULES, PLACE
+from fxcompile.lowering import MODULE_RULES, PLACE, is_traced_constant
 from fxcompile.refusals import current_line
 from fxcompile.signature import Signature
 
@@ -26,6 +27,35 @@ def symbolic_graph(model: nn.Module, signature: Signature) -> fx.GraphModule:
         warnings.simplefilter("ignore")
         graph = tracer.trace(model)
     return fx.GraphModule(tracer.root, graph, class_name=type(model).__name__)
+
+
+def changing_line(model: nn.Module, signature: Signature, between: Callable[[], Any]) -> str | None:
+    """The line of the first operation that differs between two traces; None where there is none, or no trace.
+
+    Args:
+        model: the model.
+        signature: of its example call.
+        between: called between the traces; runs the model as a user would.
+    """
+    try:
+        first = symbolic_graph(model, signature)
+        between()
+        second = symbolic_graph(model, signature)
+    except Exception:  # it runs the user's code on proxies
+        return None
+    for ours, theirs in zip_longest(first.graph.nodes, second.graph.nodes):
+        if ours is None or theirs is None or _written(first, ours) != _written(second, theirs):
+            node = theirs or ours
+            return node.meta.get(PLACE) or next((user.meta[PLACE] for user in node.users if PLACE in user.meta), None)
+    return None
+
+
+def _written(module: fx.GraphModule, node: fx.Node) -> str:
+    """A node of a raw graph as text, with the values of tensors that no name of the model leads to."""
+    text = f"{node.op} {node.target} {node.args} {node.kwargs}"
+    if node.op == "get_attr" and is_traced_constant(str(node.target)):
+        text += str(getattr(module, str(node.target)).tolist())
+    return text
 
 
 class Tracer(fx.Tracer):

@@ -22,11 +22,12 @@ from fxcompile.contracts import tolerance
 from fxcompile.errors import FxcompileError, TraceError
 from fxcompile.exported import export, exported_graph, functionalised, has_fixed_batch, module_of
 from fxcompile.functional import Unfollowable, make_functional
-from fxcompile.program import FEATURE, Program, flatten_tensors, output_node
+from fxcompile.lowering import NoSpelling
+from fxcompile.program import FEATURE, Program, flatten_tensors, output_node, shape_of
 from fxcompile.reference import ModelState, Reference, left_alone
-from fxcompile.refusals import Refused, one_line, quiet_torch, refusal
+from fxcompile.refusals import Impure, Refused, one_line, quiet_torch, refusal
 from fxcompile.signature import Signature, output_names
-from fxcompile.symbolic import symbolic_graph
+from fxcompile.symbolic import changing_line, symbolic_graph
 from fxcompile.timing import Stopwatch
 from fxcompile.verification import relative_maximum
 
@@ -64,11 +65,10 @@ def trace(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what spreads it over devices."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner: nn.Module = model.module
-        return inner
-    return model
+    """The model inside of what spreads it over devices or compiles it."""
+    spread = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    name = "module" if spread else COMPILED
+    return unwrapped(model.get_submodule(name)) if name in model._modules else model
 
 
 def _trace_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -89,7 +89,11 @@ def _trace_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         except FxcompileError:
             raise
         except Exception as error:
-            raise refusal(model, error, first, reference.suspects) from error
+            suspects = dict(reference.suspects)
+            if isinstance(error, Impure) and not suspects.keys() & {"random", "value"}:
+                line = changing_line(model, signature, between=lambda: reference.run(reference.examples))
+                suspects |= {"changing": line} if line else {}
+            raise refusal(model, error, first, suspects) from error
 
 
 def _trace_exported(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -136,8 +140,12 @@ def normalise_examples(
     return tuple(example_inputs), kwargs
 
 
+COMPILED = "_orig_mod"
+"""Where the modules that `torch.compile` makes hold the original; to import their class would load all of dynamo."""
+
+
 def refuse_unsupported(model: nn.Module) -> None:
-    """Raise TraceError for models made of what no tracer follows: TorchScript, quantised, sparse or lazy parts."""
+    """Raise TraceError for models of what no tracer follows: TorchScript, compiled, quantised, sparse or lazy parts."""
     for name, module in model.named_modules():
         place = f"layer '{name}'" if name else f"model {type(module).__name__}"
         if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
@@ -145,6 +153,12 @@ def refuse_unsupported(model: nn.Module) -> None:
                 "TorchScript holds no Python to trace",
                 place=place,
                 mend="put the nn.Module it was made from in its place",
+            )
+        if COMPILED in module._modules:
+            raise TraceError(
+                "it was compiled, which leaves no Python to trace",
+                place=place,
+                mend=f"put the module it was made from, its `.{COMPILED}`, in its place",
             )
         if ".quantized." in type(module).__module__ and type(module).__module__.startswith("torch."):
             raise TraceError("it is quantised already", place=place, mend="trace the model before it was quantised")
@@ -275,8 +289,20 @@ def _stacking_obstacle(program: Program, reference: Reference) -> str | None:
 def _outputs(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Run a program node by node: the module's own call prints its code to stderr if something fails."""
     copies = [tensor.clone() for tensor in inputs]
+    same_shapes = all(ours.shape == theirs.shape for ours, theirs in zip(inputs, program.examples, strict=True))
+    run = (ShapeKeeper if same_shapes else fx.Interpreter)(program.module)
     with torch.no_grad():
-        return flatten_tensors(fx.Interpreter(program.module).run(*copies, enable_io_processing=False))
+        return flatten_tensors(run.run(*copies, enable_io_processing=False))
+
+
+class ShapeKeeper(fx.Interpreter):
+    """Runs a program on other values of the examples' shapes; every node must give the shape that it gave for them."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and shape_of(n) not in (None, tuple(value.shape)):
+            raise NoSpelling(n, f"the shape of what '{n.name}' gives as its result depends on values")
+        return value
 
 
 def _same(program: Program, inputs: Sequence[Tensor], expected: Any, where: str) -> None:
@@ -292,10 +318,7 @@ def _same(program: Program, inputs: Sequence[Tensor], expected: Any, where: str)
                 f"{tuple(theirs.shape)} {theirs.dtype} in the model {where}"
             )
         if not close(ours, theirs):
-            raise Refused(
-                f"output '{name}' differs between the traced program and the model {where}, so forward depends on "
-                "something that is not an input (a random number, a global, a value read with .item())"
-            )
+            raise Impure(f"output '{name}' differs between the traced program and the model {where}")
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
