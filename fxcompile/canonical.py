@@ -14,9 +14,8 @@ from torch import fx, nn
 from fxcompile import function_rules, layer_rules
 from fxcompile.lowering import Canonicaliser, NoSpelling
 from fxcompile.sizes import record_missing_shapes, settle
-from fxcompile.trees import is_free, place
 
-__all__ = ["NoSpelling", "canonicalise", "is_free", "place"]
+__all__ = ["NoSpelling", "canonicalise"]
 
 function_rules.register()
 layer_rules.register()

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fxcompile import layers, spellings
 from fxcompile.functional import VALUE, is_plain
 from fxcompile.program import ORIGIN, fetch, shape_of
-from fxcompile.trees import drop_dead_code, is_free, place
+from fxcompile.trees import drop_dead_code, is_free, outside_of_layers, place
 
 PLACE = "fxcompile.place"
 """Key of `node.meta`: the line of the model that made a raw node, as `file:line`."""
@@ -138,6 +138,7 @@ class Canonicaliser:
         self._layer_names: dict[object, str] = {}
         self._counts: dict[str, int] = {}
         self._taken = {str(node.target) for node in raw.graph.nodes if node.op == "get_attr" and not only_weight(node)}
+        self._owners = {path for path in map(own_path, raw.graph.nodes) if path is not None}
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self.transposes: dict[int, tuple[Tensor, nn.Parameter]] = {}
 
@@ -279,7 +280,8 @@ class Canonicaliser:
         return self.annotate(self.graph.call_module(self._layer_names[key], inputs), node)
 
     def free_name(self, wanted: str) -> str:
-        """The wanted path, or the first free one of `wanted_1`, `wanted_2`, ..."""
+        """The wanted path, or the first free one of `wanted_1`, `wanted_2`, ...; never inside of a layer."""
+        wanted = outside_of_layers(self.layers, wanted, self._owners)
         name, count = wanted, self._counts.get(wanted, 0)
         while name in self._taken or not is_free(self.layers, name):
             count += 1
@@ -351,16 +353,28 @@ class Canonicaliser:
             weight = weight.all_input_nodes[0]
         if not isinstance(weight, fx.Node) or weight.op != "get_attr" or is_traced_constant(str(weight.target)):
             return None
-        path = str(weight.target).partition(".parametrizations")[0]
-        owner, _, name = path.rpartition(".")
-        if path != str(weight.target) or (name == "weight" and not owner):
-            return path
-        return owner if name in ("weight", "weight_v", "weight_orig") else path.removesuffix("_weight")
+        return path_of_weight(str(weight.target))
 
 
 def only_weight(node: fx.Node) -> bool:
     """Whether a raw tensor is used by nothing but operations that become layers and hold it."""
     return all((operation_name(user) or "") in spellings.WEIGHTED for user in node.users)
+
+
+def path_of_weight(target: str) -> str:
+    """The path of the layer that a weight of the model is in, by the weight's own."""
+    path = target.partition(".parametrizations")[0]
+    owner, _, name = path.rpartition(".")
+    if path != target or (name == "weight" and not owner):
+        return path
+    return owner if name in ("weight", "weight_v", "weight_orig") else path.removesuffix("_weight")
+
+
+def own_path(node: fx.Node) -> str | None:
+    """The path of the model's own layer that a raw node calls, or is the weight of."""
+    if node.op == "call_module":
+        return str(node.target)
+    return path_of_weight(str(node.target)) if node.op == "get_attr" and node.users and only_weight(node) else None
 
 
 def ancestors(node: fx.Node) -> list[fx.Node]:

@@ -112,6 +112,8 @@ class Settler:
         free = [axis for axis in range(len(after)) if len({shape[axis] for _, shape in seen}) > 1]
         if len(given) != len(after):
             return
+        if node not in self.runs[0] and -1 in [size for size in given if isinstance(size, int)]:
+            return  # the larger batch was not followed to here: the axis that is left open may be the batch's
         sizes = [given[axis] if axis in free else size for axis, size in enumerate(after)]
         if free and -1 not in [size for size in sizes if isinstance(size, int)]:
             sizes[free[0]] = -1

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from fxcompile.canonical import canonicalise, is_free, place
+from fxcompile.canonical import canonicalise
 from fxcompile.errors import RewriteError
 from fxcompile.functional import make_functional
-from fxcompile.layers import PLAIN, plain_kind
+from fxcompile.layers import PLAIN
 from fxcompile.program import FEATURE, ORIGIN, Program, dtype_of, fetch, output_node, record_shape, shape_of
 from fxcompile.rewriting import Replacement, Site
 from fxcompile.spellings import STATELESS
+from fxcompile.trees import is_free, outside_of_layers, place
 
 _LAYERS = {*PLAIN, *(kind for kind, _ in STATELESS.values())}
 
@@ -179,13 +180,15 @@ class Splicer:
     def _place(self, site: Site, fragment: Fragment) -> dict[str, str]:
         """Store the fragment's layers and tensors in the program; returns their names there."""
         names: dict[str, str] = {}
-        for target, wanted in fragment.paths(site).items():
-            name, count = wanted, 0
-            while not is_free_in(self.program.module, name):
+        root = self.program.module
+        for target, path in fragment.paths(site).items():
+            name = wanted = outside_of_layers(root, path)
+            count = 0
+            while not is_free(root, name):
                 count += 1
                 name = f"{wanted}_{count}"
             names[target] = name
-            place(self.program.module, name, fetch(fragment.root, target))
+            place(root, name, fetch(fragment.root, target))
         return names
 
     def _inline(self, region: Sequence[fx.Node], fragment: Fragment, names: dict[str, str]) -> list[fx.Node]:
@@ -215,15 +218,6 @@ class Splicer:
         for node in reversed(region):
             graph.erase_node(node)
         return made
-
-
-def is_free_in(root: nn.Module, path: str) -> bool:
-    """Whether a path is free in a graph module, whose own class is not the plain module that `is_free` walks."""
-    first, _, rest = path.partition(".")
-    if first not in root._modules:
-        return first not in root._parameters and first not in root._buffers
-    held = root._modules[first]
-    return bool(rest) and held is not None and plain_kind(held) is None and is_free(held, rest)
 
 
 def region_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:

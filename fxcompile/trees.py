@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, fx, nn
 
 
@@ -19,10 +21,6 @@ def place(root: nn.Module, path: str, value: nn.Module | Tensor) -> None:
             owner.add_module(atom, nn.Module())
         owner = owner.get_submodule(atom)
     if isinstance(value, nn.Module):
-        held = owner._modules.get(name)
-        if held is not None:
-            for key, child in held._modules.items():
-                value.add_module(key, child)
         owner.add_module(name, value)
     elif isinstance(value, nn.Parameter):
         owner.register_parameter(name, value)
@@ -34,10 +32,34 @@ def is_free(root: nn.Module, path: str) -> bool:
     """Whether nothing lies at a dotted path, nor a layer on the way to it."""
     owner = root
     for atom in path.split("."):
-        if type(owner) is not nn.Module:
+        if owner is not root and type(owner) is not nn.Module:
             return False
         held = owner._modules.get(atom)
         if held is None:
             return atom not in owner._parameters and atom not in owner._buffers
         owner = held
     return False
+
+
+def is_layer(root: nn.Module, path: str) -> bool:
+    """Whether a layer lies at a dotted path."""
+    held = root
+    for atom in path.split("."):
+        child = held._modules.get(atom)
+        if child is None:
+            return False
+        held = child
+    return type(held) is not nn.Module
+
+
+def outside_of_layers(root: nn.Module, path: str, layers: Collection[str] = ()) -> str:
+    """A dotted path, or one beside the layer that it would lie in: `norm.act` as `norm_act`.
+
+    No layer holds another, so that each can be replaced by itself. `layers` are paths that will be layers, too.
+    """
+    atoms = path.split(".")
+    for count in range(1, len(atoms)):
+        owner = ".".join(atoms[:count])
+        if owner in layers or is_layer(root, owner):
+            return ".".join([*atoms[: count - 1], "_".join(atoms[count - 1 :])])
+    return path

@@ -85,6 +85,8 @@ GOES: dict[str, tuple[Case, list[str]]] = {
     "permutations that cancel": (lambda m, x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), []),
     "permutations that do not": (lambda m, x: x.permute(0, 2, 3, 1).transpose(1, 3), ["permute"]),
     "two reshapes": (lambda m, x: x.reshape(-1, 5, 2, 18).reshape(-1, 10, 3, 6), ["reshape"]),
+    "two reshapes that take the samples apart again": (
+        lambda m, x: F.relu(x.flatten(0, 1)).reshape(-1, 6, 2, 3).reshape(-1, 5, 6, 6), ["flatten", "ReLU", "reshape"]),
     "ReLU twice": (lambda m, x: F.relu(F.relu(x)), ["ReLU"]),
     "one ReLU called twice": (lambda m, x: m.relu(m.relu(x)), ["ReLU"]),
     "ReLU of a max pool of a ReLU": (lambda m, x: F.relu(F.max_pool2d(F.relu(x), 2)), ["ReLU", "MaxPool2d"]),

@@ -410,3 +410,12 @@ def steps(count: int) -> int:
 
 def test_the_work_grows_with_the_number_of_sites_and_no_faster() -> None:
     assert steps(400) < 4.5 * steps(100)
+
+
+def test_several_layers_in_place_of_one_call_of_a_shared_layer_lie_beside_it() -> None:
+    act = nn.ReLU()
+    program = program_of(Net(lambda m, x: m.act(m.act(x) - 0.5), act=act))
+    expected = torch.relu(torch.relu(image() * 1) - 0.5)
+    made = splice(program, site_of(program, "act"), [nn.ReLU(), nn.ReLU()])
+    assert [str(node.target) for node in made] == ["act_1", "act_2"]
+    assert_same(program, expected, image())
