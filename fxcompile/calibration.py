@@ -295,6 +295,8 @@ def _tensor(value: Any, place: str | None = None) -> Tensor:
         raise CalibrationError(
             f"what is given is no array ({one_line(error)})", place=place, mend="give tensors"
         ) from None
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a memory-mapped array is read-only, and nothing writes to it

@@ -2,84 +2,152 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
 import os
+import shutil
 import sys
-from dataclasses import replace
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from fxcompile.errors import FxcompileError, UsageError, WriteError
+from fxcompile.arguments import (
+    check_calibration,
+    check_files,
+    check_image_options,
+    dynamic_option,
+    numbers,
+    pipeline_text,
+)
+from fxcompile.errors import FxcompileError, UsageError, did_you_mean
+from fxcompile.streams import abandon_stdout, fail, open_streams, print_text
 
-if TYPE_CHECKING:
-    from fxcompile.program import Program
-    from fxcompile.report import Report
+OUT_OF_MEMORY = "out of memory; give fewer calibration samples or a smaller batch"
 
 
 class _Group(click.Group):
     """Commands, and `compile` where none is named: `fxcompile model.pt2 -o model.onnx`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        first = next((arg for arg in args if not arg.startswith("-")), None)
-        asks_group = args and args[0] in ("--help", "--version")
-        if args and not asks_group and first not in self.commands:
+        first = args[0] if args else "--help"
+        if first not in (*self.commands, "-h", "--help", "--version"):
+            is_option_or_file = first.startswith("-") or os.path.exists(first)
+            near = [] if is_option_or_file else difflib.get_close_matches(first, self.commands, 1, 0.75)
+            if near:
+                raise UsageError(f"there is no file or command '{first}'", mend=f"did you mean '{near[0]}'?")
             args = ["compile", *args]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, args or ["--help"])
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage("fxcompile", "MODEL [--passes TEXT] [-o OUT.onnx] [OPTIONS]")
-        formatter.write_usage("fxcompile", "COMMAND [ARGS]...", prefix="or:    ")
+        formatter.write_usage("fxcompile", "MODEL [OPTIONS] -o OUT.onnx")
+        formatter.write_usage("fxcompile", "passes [NAME]", prefix="       ")
+        formatter.write_usage("fxcompile", "show MODEL [OPTIONS]", prefix="       ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options of the main command, which is run where no command is named."""
+        options = [*self.commands["compile"].params, *self.get_params(ctx)]
+        shown = [item.get_help_record(ctx) for item in options if isinstance(item, click.Option)]
+        with formatter.section("Options"):
+            formatter.write_dl([record for record in shown if record is not None])
+        self.format_commands(ctx, formatter)
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point: errors are one sentence on stderr, exit code 1, or 2 for a wrong call."""
+    open_streams()
     try:
-        status = cli.main(args, prog_name="fxcompile", standalone_mode=False)
+        check_current_folder()
+        with warnings.catch_warnings():
+            if not sys.warnoptions:  # torch and the model's code warn of what is no matter of the user's
+                warnings.simplefilter("ignore")
+            status = cli.main(args, prog_name="fxcompile", standalone_mode=False)
+        sys.stdout.flush()
     except FxcompileError as error:
         fail(str(error), error.exit_code)
-    except click.exceptions.Abort:
-        fail("interrupted", 130)
+    except click.NoSuchOption as error:
+        known = error.ctx.command.params if error.ctx is not None else []
+        options = [name for item in known if isinstance(item, click.Option) for name in item.opts]
+        fail(f"there is no option {error.option_name}; {did_you_mean(error.option_name, options)}", 2)
     except click.ClickException as error:
-        mend = f"; see {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else ""
+        mend = "; see fxcompile --help" if isinstance(error, click.UsageError) else ""
         fail(error.format_message().rstrip(".") + mend, error.exit_code)
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         fail("interrupted", 130)
     except MemoryError:
-        fail("out of memory; give fewer calibration samples or a smaller batch", 1)
-    except BrokenPipeError:
-        sys.stderr.close()
+        fail(OUT_OF_MEMORY, 1)
+    except BrokenPipeError:  # `| head` has seen enough
+        abandon_stdout()
         sys.exit(1)
+    except OSError as error:
+        abandon_stdout()
+        fail(f"{error.filename or 'the system refuses'}: {error.strerror or error}", 1)
     except Exception as error:  # a bug of ours: still one sentence, and a way to see more
+        if "can't allocate memory" in str(error):  # torch's own RuntimeError
+            fail(OUT_OF_MEMORY, 1)
         if os.environ.get("FXCOMPILE_TRACEBACK"):
             raise
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        what = f"{type(error).__name__}: {error}"[:300]
         fail(f"internal error, {what}; set FXCOMPILE_TRACEBACK=1 to see where, and report it", 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def fail(sentence: str, code: int) -> None:
-    """Print one line and leave."""
-    click.echo("fxcompile: " + " ".join(sentence.split()), err=True)
-    sys.exit(code)
+def check_current_folder() -> None:
+    """Raises UsageError where the current folder was removed: torch ends the process there without a word of why."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder does not exist any more", mend="go to another") from None
 
 
-_model_options = [
-    click.argument("model", metavar="MODEL", type=click.Path(path_type=Path)),
+def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A decorator that gives a command these options, in this order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_path = click.Path(path_type=Path)
+_model_options = with_options(
+    click.argument("model", metavar="MODEL", type=_path),
     click.option("--model", "factory", metavar="MODULE:FACTORY",
-                 help="The architecture, where MODEL holds a state dict (.pt, .pth, .safetensors)."),
-    click.option("--input-shape", "input_shapes", metavar="[NAME=]1x3x224x224", multiple=True,
-                 help="An input's shape, once for each input; a .pt2 needs none."),
+                 help="The architecture, where MODEL holds a state dict (.pt, .pth, .safetensors): what makes it "
+                 "without arguments, as package.module:name or path/to/file.py:name."),
+    click.option("--input-shape", "input_shapes", metavar="[NAME=]SHAPE", multiple=True,
+                 help="An input's shape, 1x3x224x224 or ids=1x20:int64; once for each input. A .pt2 needs none."),
     click.option("--allow-pickle", is_flag=True, help="Load pickled files, which can run any code they hold."),
-]  # fmt: skip
-
-
-def model_options(command: Any) -> Any:
-    """The arguments by which every command finds its model."""
-    for option in reversed(_model_options):
-        command = option(command)
-    return command
+)  # fmt: skip
+_compile_options = with_options(
+    click.option("--passes", metavar="TEXT", multiple=True,
+                 help="name(option=value, ...), name, ...; or @FILE. See fxcompile passes."),
+    click.option("-o", "--output", type=_path, metavar="OUT.onnx", help="The ONNX file to write."),
+    click.option("--calibration", type=_path, metavar="FILE",
+                 help="Samples of the input: .npz, .npy, .pt, .safetensors, or a folder of images."),
+    click.option("--image-mean", metavar="R,G,B", help="Mean by channel, subtracted from images scaled to 0..1."),
+    click.option("--image-std", metavar="R,G,B", help="Deviation by channel, which images are divided by."),
+    click.option("--verify", type=click.Choice(["raise", "rollback", "off"]), default="raise", show_default=True,
+                 help="At a broken contract: stop, go on without that site or pass, or do not look."),
+    click.option("--verify-examples", type=click.IntRange(1), metavar="N",
+                 help="Inputs drawn for each check  [default: 2 to 20, by cost]"),
+    click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, metavar="N", show_default=True,
+                 help="Of everything random."),
+    click.option("--dynamic", metavar="batch|none|NAME=AXES", multiple=True,
+                 help="Input dimensions that stay free, as image=0,2,3 once for each input  [default: batch]"),
+    click.option("--opset", type=int, metavar="N", help="The ONNX opset  [default: the exporter's]"),
+    click.option("--dump-dir", type=_path, metavar="DIR",
+                 help="A folder for the graph after each pass, as readable text."),
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    click.option("--report", "report_file", type=_path, metavar="FILE", help="Write the JSON report to a file too."),
+    click.option("--quiet", is_flag=True, help="Print no report, unless as JSON, and no progress."),
+)  # fmt: skip
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -88,55 +156,22 @@ def cli() -> None:
     """Make a convolutional network small and fast, check that it still computes the same, and write it as ONNX.
 
     \b
-    fxcompile model.pt2 --passes "fold-batchnorm, stack-kernels(rank=0.5)" --calibration calib.npz -o model.onnx
+    fxcompile model.pt2 --passes "fold-batchnorm, stack-kernels(rank=0.5)" \\
+              --calibration calib.npz -o model.onnx
 
     MODEL is a .pt2 (torch.export.save), a state dict with --model, or, with --allow-pickle, a pickled module.
-    All options of that main command: fxcompile compile --help
     """
 
 
-_compile_options = [
-    click.option("--passes", "passes", metavar="TEXT", default="",
-                 help="name(option=value, ...), name, ...; or @FILE. See `fxcompile passes`."),
-    click.option("-o", "--output", "output", type=click.Path(path_type=Path), help="The ONNX file to write."),
-    click.option("--calibration", type=click.Path(path_type=Path),
-                 help="Samples of the input: .npz, .npy, .pt, .safetensors, or a folder of images."),
-    click.option("--image-mean", metavar="R,G,B", help="Mean by channel, subtracted from images scaled to 0..1."),
-    click.option("--image-std", metavar="R,G,B", help="Deviation by channel, which images are divided by."),
-    click.option("--verify", type=click.Choice(["raise", "rollback", "off"]), default="raise", show_default=True,
-                 help="What a broken contract does."),
-    click.option("--verify-examples", type=click.IntRange(1),
-                 help="Inputs drawn for each check  [default: 2 to 20, by cost]"),
-    click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True,
-                 help="Of everything random."),
-    click.option("--dynamic", "dynamic", metavar="batch|none|NAME=AXES", multiple=True,
-                 help="Input dimensions that stay free: batch (default), none, or image=0,2,3."),
-    click.option("--opset", type=int, help="The ONNX opset  [default: the exporter's]"),
-    click.option("--dump-dir", type=click.Path(path_type=Path, file_okay=False),
-                 help="A folder for the graph after each pass, as readable text."),
-    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-    click.option("--report", "report_file", type=click.Path(path_type=Path),
-                 help="Write the JSON report to a file too."),
-    click.option("--quiet", is_flag=True, help="Print nothing but errors."),
-]  # fmt: skip
-
-
-def compile_options(command: Any) -> Any:
-    """The options of the main command."""
-    for option in reversed(_compile_options):
-        command = option(command)
-    return command
-
-
-@cli.command("compile")
-@model_options
-@compile_options
+@cli.command("compile", short_help="What runs where no command is named.")
+@_model_options
+@_compile_options
 def compile_command(
     model: Path,
     factory: str | None,
     input_shapes: tuple[str, ...],
     allow_pickle: bool,
-    passes: str,
+    passes: tuple[str, ...],
     output: Path | None,
     calibration: Path | None,
     image_mean: str | None,
@@ -152,165 +187,82 @@ def compile_command(
     quiet: bool,
 ) -> None:
     """Rewrite a model with passes, verify it and write it as ONNX. This is what runs where no command is named."""
-    if output is None:
-        raise UsageError("no output is named", mend="give one with -o OUT.onnx")
-    if output.suffix != ".onnx":
-        raise UsageError(f"the output '{output}' is no .onnx file", mend="name it OUT.onnx")
     mean, std = numbers("--image-mean", image_mean), numbers("--image-std", image_std)
+    check_image_options(mean, std, calibration)
     free = dynamic_option(dynamic)
-    text = pipeline_text(passes)
-    check_outputs(output, report_file, inputs=(model, calibration))
+    if verify == "off" and verify_examples is not None:
+        raise UsageError("--verify off looks at no examples", mend="leave --verify-examples out")
+    text, source = pipeline_text(passes)
+    output = check_files(output, report_file, dump_dir, inputs=(model, calibration, Path(source)))
+    check_calibration(calibration)
 
-    import fxcompile.manager
-    from fxcompile.calibration import read_calibration
-    from fxcompile.pipeline import parse_pipeline
-    from fxcompile.progress import Progress
+    with contextlib.redirect_stdout(sys.stderr):  # what the model's code prints is no report
+        from fxcompile.calibration import read_calibration
+        from fxcompile.emission import check_opset, with_dynamic
+        from fxcompile.files import write_atomically
+        from fxcompile.loading import load
+        from fxcompile.manager import PassManager
+        from fxcompile.pipeline import parse_pipeline
+        from fxcompile.progress import Progress
 
-    parsed = parse_pipeline(text)
-    with Progress(quiet) as progress:
-        progress("reading and tracing", 0, 1)
-        program = load(model, factory, input_shapes, allow_pickle)
-        data = None
-        if calibration is not None:
-            data = read_calibration(calibration, program.inputs, image_mean=mean, image_std=std)
-        elif mean is not None or std is not None:
-            raise UsageError("--image-mean and --image-std go with --calibration", mend="give a folder of images")
-        manager = fxcompile.manager.PassManager(
-            parsed,
-            calibration=data,
-            verify=verify,  # type: ignore[arg-type]
-            verify_examples=verify_examples,
-            seed=seed,
-            dump_dir=dump_dir,
-            progress=progress,
-        )
-        result = manager.run(program, model=model.name)
-        progress("writing", 0, 1)
-        record = result.save_onnx(output, dynamic=free, opset=opset, verify=verify != "off")
-    publish_report(record, as_json, report_file, quiet)
+        parsed = parse_pipeline(text, source)
+        check_opset(opset)
+        with Progress(quiet) as progress:
+            program = load(model, factory, input_shapes, allow_pickle, progress)
+            with_dynamic(program, free)
+            data = None
+            if calibration is not None:
+                data = read_calibration(calibration, program.inputs, image_mean=mean, image_std=std)
+            manager = PassManager(
+                parsed,
+                calibration=data,
+                verify=verify,  # type: ignore[arg-type]
+                verify_examples=verify_examples,
+                seed=seed,
+                dump_dir=dump_dir,
+                progress=progress,
+            )
+            result = manager.run(program, model=model.name)
+            progress("writing", 0, 1)
+            record = result.save_onnx(output, dynamic=free, opset=opset, verify=verify != "off")
+        as_text = json.dumps(record.as_dict(), indent=2, allow_nan=False)
+        if report_file is not None:
+            write_atomically(report_file, (as_text + "\n").encode())
+    if as_json:
+        print_text(as_text)
+    elif not quiet:
+        print_text(record.text(terminal_width()))
 
 
-@cli.command("passes")
+@cli.command("passes", short_help="The passes there are; one pass's options, contract and source.")
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_json_option
 def passes_command(name: str | None, as_json: bool) -> None:
     """What passes there are; with a NAME, that pass's options, contract and source."""
     from fxcompile.describing import describe_all, describe_pass
-    from fxcompile.registry import find_pass, pass_names
+    from fxcompile.registry import find_pass
 
-    described = [describe_pass(find_pass(name))] if name else [describe_pass(find_pass(item)) for item in pass_names()]
-    if as_json:
-        click.echo(json.dumps(described[0].as_dict() if name else [item.as_dict() for item in described], indent=2))
-    else:
-        click.echo(described[0].text() if name else describe_all(described))
+    described = describe_pass(find_pass(name)) if name is not None else describe_all()
+    print_text(json.dumps(described.as_dict(), indent=2) if as_json else described.text(terminal_width()))
 
 
-@cli.command("show")
-@model_options
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@cli.command("show", short_help="A model's layers, shapes, parameters, multiply-accumulates, bytes.")
+@_model_options
+@_json_option
 def show_command(
     model: Path, factory: str | None, input_shapes: tuple[str, ...], allow_pickle: bool, as_json: bool
 ) -> None:
     """A model's layers, with shapes, parameters, multiply-accumulates and bytes."""
-    from fxcompile.describing import describe_program
+    with contextlib.redirect_stdout(sys.stderr):
+        from fxcompile.describing import describe_program
+        from fxcompile.loading import load
+        from fxcompile.progress import Progress
 
-    described = describe_program(load(model, factory, input_shapes, allow_pickle))
-    click.echo(json.dumps(described.as_dict(), indent=2) if as_json else described.text())
-
-
-def load(model: Path, factory: str | None, input_shapes: tuple[str, ...], allow_pickle: bool) -> Program:
-    """Read and trace the model that the arguments name."""
-    from fxcompile.reading import read_model
-    from fxcompile.shapes import example_inputs
-    from fxcompile.timing import Stopwatch
-    from fxcompile.tracing import trace
-
-    watch = Stopwatch()
-    with watch.stage("reading"):
-        file = read_model(model, factory=factory, allow_pickle=allow_pickle)
-    if file.exported is not None:
-        if input_shapes:
-            raise UsageError("a .pt2 brings its own input shapes", mend="leave --input-shape out")
-        args, kwargs = file.example_inputs or ((), {})
-        program = trace(file.exported, args, kwargs)
-    else:
-        assert file.module is not None
-        args, kwargs = example_inputs(file.module, input_shapes)
-        program = trace(file.module, args, kwargs)
-    return replace(program, seconds={**watch.seconds, **program.seconds})
+        with Progress() as progress:
+            described = describe_program(load(model, factory, input_shapes, allow_pickle, progress))
+    print_text(json.dumps(described.as_dict(), indent=2) if as_json else described.text(terminal_width()))
 
 
-def pipeline_text(passes: str) -> str:
-    """The pipeline's text, read from a file after an @."""
-    if not passes.startswith("@"):
-        return passes
-    path = Path(passes[1:])
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UsageError(
-            f"the pipeline file cannot be read: {reason}", place=str(path), mend="check --passes @FILE"
-        ) from None
-
-
-def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    """Comma-separated numbers of an option."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(item) for item in text.split(","))
-    except ValueError:
-        raise UsageError(f"{option} {text} is no list of numbers", mend="write it as 0.485,0.456,0.406") from None
-
-
-def dynamic_option(values: tuple[str, ...]) -> str | dict[str, tuple[int, ...]]:
-    """`--dynamic` as the Python API takes it."""
-    if not values:
-        return "batch"
-    if values in (("batch",), ("none",)):
-        return values[0]
-    axes: dict[str, tuple[int, ...]] = {}
-    for value in values:
-        name, separator, text = value.partition("=")
-        try:
-            if not separator or not name:
-                raise ValueError
-            axes[name] = tuple(int(item) for item in text.split(","))
-        except ValueError:
-            raise UsageError(f"--dynamic {value} does not parse", mend="give batch, none, or NAME=AXIS,AXIS") from None
-    return axes
-
-
-def check_outputs(output: Path, report_file: Path | None, inputs: tuple[Path | None, ...]) -> None:
-    """Refuse, before any work, outputs that cannot be written or that are inputs."""
-    from fxcompile.files import check_writable
-
-    for path in (output, report_file):
-        if path is None:
-            continue
-        check_writable(path)
-        for other in inputs:
-            if other is not None and path.exists() and other.exists() and path.samefile(other):
-                raise UsageError(f"'{path}' is an input too", mend="choose another output")
-    if report_file is not None and report_file.absolute() == output.absolute():
-        raise UsageError("--report and -o name the same file", mend="choose another file for the report")
-
-
-def publish_report(record: Report, as_json: bool, report_file: Path | None, quiet: bool) -> None:
-    """Print the report, and write it as JSON if asked."""
-    text = json.dumps(record.as_dict(), indent=2, allow_nan=False, default=str)
-    if report_file is not None:
-        from fxcompile.files import write_atomically
-
-        try:
-            write_atomically(report_file, (text + "\n").encode())
-        except OSError as error:
-            raise WriteError(f"the report cannot be written: {error.strerror}", place=str(report_file)) from None
-    if as_json:
-        click.echo(text)
-    elif not quiet:
-        import shutil
-
-        width = shutil.get_terminal_size((120, 0)).columns if sys.stdout.isatty() else 120
-        click.echo(record.text(width))
+def terminal_width() -> int:
+    """Columns of the terminal that results are printed to, 120 where they go elsewhere."""
+    return max(shutil.get_terminal_size((120, 0)).columns, 60) if sys.stdout.isatty() else 120

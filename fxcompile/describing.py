@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import io
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fxcompile.contracts import Approximate
 from fxcompile.cost import Cost, nodes_cost, program_cost, samples
+from fxcompile.errors import PipelineError
+from fxcompile.options import wanted
 from fxcompile.pipeline import format_value
 from fxcompile.program import Program, dtype_of, shape_of
-from fxcompile.report import short
-from fxcompile.rewriting import Pass
+from fxcompile.registry import find_pass, pass_names
+from fxcompile.rewriting import Pass, describe_layer
+from fxcompile.tables import Row, short, table, wrapped
 
 
 @dataclass(frozen=True)
 class OptionText:
-    """One option of a pass: its type, its default as pipeline text, and what it is."""
+    """One option of a pass: the values it takes, in words, its default as pipeline text, and what it is."""
 
     name: str
-    type: str
+    values: str
     default: str
     description: str
 
@@ -40,11 +43,52 @@ class PassText:
         """Plain data."""
         return asdict(self)
 
-    def text(self) -> str:
+    def text(self, width: int = 120) -> str:
         """The whole description."""
-        lines = [f"{self.name} ({self.contract})", "", self.documentation, "", "options:"]
-        lines += [f"  {item.name}={item.default}  {item.type}: {item.description}" for item in self.options]
+        own = [item for item in self.options if item.name not in Pass.model_fields]
+        shared = [item for item in self.options if item.name in Pass.model_fields]
+        lines = [f"{self.name} ({self.contract})", "", self.documentation]
+        for title, options in (("options:", own), ("options of every pass:", shared)):
+            lines += ["", title] if options else []
+            for item in options:
+                lines.append(f"  {item.name}={item.default}")
+                lines += wrapped(f"      {item.values}: {item.description}", width, "      ")
         return "\n".join([*lines, "", f"source: {self.source}"])
+
+
+@dataclass(frozen=True)
+class PassList:
+    """All installed passes; `broken` are those whose package does not import, with the reason."""
+
+    passes: list[PassText]
+    broken: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def text(self, width: int = 120) -> str:
+        """A line for each pass."""
+        names = max((len(name) for name in (*self.broken, *(item.name for item in self.passes))), default=0)
+        lines: list[str] = []
+        for item in self.passes:
+            contract = item.contract.partition(",")[0]
+            lines += wrapped(f"{item.name:{names}}  {contract:11}  {item.summary}", width, " " * (names + 15))
+        for name, reason in self.broken.items():
+            lines += wrapped(f"{name:{names}}  {'broken':11}  {reason}", width, " " * (names + 15))
+        return "\n".join([*lines, "", "fxcompile passes NAME: options, contract and source of one"])
+
+
+def describe_all() -> PassList:
+    """Everything that is installed."""
+    passes: list[PassText] = []
+    broken: dict[str, str] = {}
+    for name in pass_names():
+        try:
+            passes.append(describe_pass(find_pass(name)))
+        except PipelineError as error:
+            broken[name] = str(error)
+    return PassList(passes, broken)
 
 
 def describe_pass(kind: type[Pass]) -> PassText:
@@ -54,24 +98,12 @@ def describe_pass(kind: type[Pass]) -> PassText:
     if isinstance(kind.contract, Approximate) and kind.contract.exact_when:
         contract += f", exact when {kind.contract.exact_when}"
     options = [
-        OptionText(name, type_text(info.annotation), format_value(info.get_default()), info.description or "")
+        OptionText(name, wanted(info), format_value(info.get_default()), info.description or "")
         for name, info in kind.model_fields.items()
     ]
     source = f"{kind.__module__}.{kind.__qualname__}, {inspect.getsourcefile(kind)}"
     summary = inspect.cleandoc(inspect.getmodule(kind).__doc__ or documentation).splitlines()[0]
     return PassText(kind.name, contract, summary, documentation, source, options)
-
-
-def type_text(annotation: Any) -> str:
-    """An annotation as a reader would write it."""
-    return str(annotation.__name__ if isinstance(annotation, type) else annotation).replace("typing.", "")
-
-
-def describe_all(passes: list[PassText]) -> str:
-    """A line for each pass."""
-    width = max((len(item.name) for item in passes), default=0)
-    lines = [f"{item.name:{width}}  {item.contract.split(',')[0]:11}  {item.summary}" for item in passes]
-    return "\n".join([*lines, "", "fxcompile passes NAME: options, contract and source of one"])
 
 
 @dataclass(frozen=True)
@@ -99,33 +131,33 @@ class ProgramText:
         """Plain data."""
         return asdict(self)
 
-    def text(self) -> str:
-        """A table."""
-        from rich.console import Console
-        from rich.table import Table
+    def text(self, width: int = 120) -> str:
+        """A table that is at most so many characters wide."""
+        rows = [Row(item.name, item.kind, (_shape(item.shape, item.dtype), *_costs(item.cost))) for item in self.layers]
+        rows.append(Row("total", "", ("", *_costs(self.total))))
+        lines = table(Row("layer", "kind", ("output", "params", "MACs", "bytes")), rows, width)
+        lines.append("")
+        for item in self.inputs:
+            lines.append(f"input {item['name']}: [{', '.join(map(str, item['shape']))}] {item['dtype']}")
+        lines.append(f"outputs: {', '.join(self.outputs)}")
+        lines += wrapped("MACs are for one sample; what several layers share counts once in the total", width, "")
+        for note in self.notes:
+            lines += wrapped(f"note: {note}", width, "      ")
+        return "\n".join(lines)
 
-        table = Table(box=None, pad_edge=False, header_style="")
-        for title in ("layer", "kind", "output", "params", "MACs", "bytes"):
-            table.add_column(
-                title, justify="left" if title in ("layer", "kind", "output") else "right", overflow="fold"
-            )
-        for item in self.layers:
-            shape = "x".join(map(str, item.shape)) + ("" if item.dtype == "float32" else f" {item.dtype}")
-            table.add_row(item.name, item.kind, shape, *(short(count) if count else "" for count in
-                          (item.cost.parameters, item.cost.macs, item.cost.bytes)))  # fmt: skip
-        table.add_row("total", "", "", short(self.total.parameters), short(self.total.macs), short(self.total.bytes))
-        buffer = io.StringIO()
-        Console(file=buffer, width=120, color_system=None, markup=False, emoji=False).print(table, highlight=False)
-        lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
-        lines += [f"input {item['name']}: {'x'.join(map(str, item['shape']))} {item['dtype']}" for item in self.inputs]
-        lines.append("MACs are for one sample; a tensor that several layers share counts once in the total")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+def _shape(sizes: Iterable[int], dtype: str) -> str:
+    text = "x".join(map(str, sizes)) or "scalar"
+    return text if dtype == "float32" else f"{text} {dtype}"
+
+
+def _costs(cost: Cost) -> tuple[str, str, str]:
+    parameters, macs, size = (short(count) if count else "" for count in (cost.parameters, cost.macs, cost.bytes))
+    return parameters, macs, size
 
 
 def describe_program(program: Program) -> ProgramText:
     """Layers, shapes, parameters, multiply-accumulates and bytes of a program."""
-    from fxcompile.rewriting import describe_layer
-
     batch = samples(program)
     layers = []
     for node in program.graph.nodes:

@@ -56,8 +56,7 @@ def save_onnx(
         UsageError: `dynamic` or `opset` is wrong.
     """
     program = with_dynamic(result.program, dynamic)
-    if opset is not None and opset not in OPSETS:
-        raise UsageError(f"opset {opset} is not supported", mend=f"choose {OPSETS.start} to {OPSETS.stop - 1}")
+    check_opset(opset)
     check_writable(path)
     try:
         with result.watch.stage("export"):
@@ -101,11 +100,14 @@ def _write(
         scratch = folder / path.name
         with watch.stage("write"):
             write_onnx(file, scratch)
-        with watch.stage("check"):
-            check_model(scratch)
         examples = max(2, min(result.examples, 8)) if verify else 0
-        with watch.stage("runtime"):
-            error = verify_file(scratch, program, result.inputs, examples, result.seed) if verify else 0.0
+        try:
+            with watch.stage("check"):
+                check_model(scratch)
+            with watch.stage("runtime"):
+                error = verify_file(scratch, program, result.inputs, examples, result.seed) if verify else 0.0
+        except EmitError as refused:
+            raise with_dtype_mend(refused, program) from refused
         with watch.stage("write"):
             size = publish(scratch, path)
     graph = file.proto.graph
@@ -115,11 +117,28 @@ def _write(
     )
 
 
+def with_dtype_mend(error: EmitError, program: Program) -> EmitError:
+    """The same error, with a mend if it has none and the network is in floats that ONNX Runtime hardly knows."""
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in program.module.parameters()}
+    rare = sorted(dtypes & {"float64", "bfloat16"})
+    if error.mend is not None or not rare:
+        return error
+    return EmitError(
+        error.problem, place=error.place, mend=f"it knows few operators in {rare[0]}: convert the model with .float()"
+    )
+
+
 def version() -> str:
     """The version of the installed package."""
     from importlib.metadata import version as installed
 
     return installed("fxcompile")
+
+
+def check_opset(opset: int | None) -> None:
+    """Raises UsageError unless the exporter has that opset; None is its own choice."""
+    if opset is not None and opset not in OPSETS:
+        raise UsageError(f"opset {opset} is not supported", mend=f"choose {OPSETS.start} to {OPSETS.stop - 1}")
 
 
 def with_dynamic(program: Program, dynamic: Dynamic) -> Program:
@@ -168,10 +187,10 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
     session = open_session(path)
     names = [item.name for item in session.get_inputs()]
     drawn = Inputs(program.inputs, inputs.examples, inputs.calibration)
-    worst = 0.0
+    worst, compared = 0.0, 0
 
     def check(case: Case) -> None:
-        nonlocal worst
+        nonlocal worst, compared
         tensors = drawn.make(case)
         try:
             own = program.outputs(*tensors)
@@ -189,6 +208,7 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
         except Exception as error:
             raise Broken(f"ONNX Runtime fails: {one_line(error)}") from error
         worst = max(worst, compare_noisy(given, own, program, tensors))
+        compared += 1
 
     most = 3 if program.batch_is_free else 1
     broken = search(check, cases(drawn.kinds(), most), examples, seed)
@@ -197,6 +217,11 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
         raise EmitError(
             f"the exported file does not compute what the program does: {evidence}; the smallest input found is {case}",
             mend="report it with the model, or try another --opset",
+        )
+    if not compared:
+        raise EmitError(
+            "nothing could be verified: on every input that was drawn the network fails, or gives NaN or infinity",
+            mend="look for a negative variance or a division by zero in it, or pass --verify off",
         )
     return worst
 

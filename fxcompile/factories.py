@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from fxcompile.errors import ReadError, UsageError
+from fxcompile.errors import ReadError, UsageError, did_you_mean
 from fxcompile.filekinds import one_line
+from fxcompile.refusals import user_line
 
 _FORM = "write --model MODULE:FACTORY or path/to/file.py:FACTORY"
 
@@ -32,11 +33,11 @@ def make_module(factory: str) -> nn.Module:
         raise UsageError(f"--model '{factory}' is not of the form MODULE:FACTORY", mend=_FORM)
     is_file = where.endswith(".py")
     folder = str(Path(where).absolute().parent) if is_file else os.getcwd()
-    with importable(folder), contextlib.redirect_stdout(sys.stderr):
+    with importable(folder), contextlib.redirect_stdout(sys.stderr), contextlib.chdir(os.getcwd()):
         target: Any = _import_file(Path(where)) if is_file else _import(where)
         for part in name.split("."):
             if not hasattr(target, part):
-                raise UsageError(f"'{where}' has no '{name}'", place="--model", mend=_candidates(target))
+                raise UsageError(f"'{where}' has no '{name}'", place="--model", mend=did_you_mean(part, _own(target)))
             target = getattr(target, part)
         return _call(target, factory)
 
@@ -91,7 +92,7 @@ def _call(target: Any, factory: str) -> nn.Module:
     if isinstance(target, nn.Module):
         return target
     if not callable(target):
-        raise UsageError(f"'{factory}' is a {type(target).__name__}, not a function or class", mend=_FORM)
+        raise UsageError(f"'{factory}' names a value of type {type(target).__name__}, no function or class", mend=_FORM)
     try:
         module = target()
     except (Exception, SystemExit) as error:
@@ -111,13 +112,11 @@ def _raised(doing: str, error: BaseException) -> ReadError:
         mend = "name a function that makes the module without arguments"
     if isinstance(error, ModuleNotFoundError):
         mend = f"install '{error.name}' or run where it can be imported"
-    return ReadError(f"{doing} raised {one_line(error)}", place="--model", mend=mend)
+    return ReadError(f"{doing} raised {one_line(error)}", place=user_line(error) or "--model", mend=mend)
 
 
-def _candidates(module: Any) -> str:
-    own = [
-        name
-        for name, item in vars(module).items()
-        if isinstance(item, type) and issubclass(item, nn.Module) and item.__module__ == getattr(module, "__name__", "")
-    ]
-    return f"it has {', '.join(own[:5])}" if own else _FORM
+def _own(target: Any) -> list[str]:
+    """What an object defines itself and could be called to make a module."""
+    items = vars(target).items() if hasattr(target, "__dict__") else ()
+    home = getattr(target, "__name__", None)
+    return [name for name, item in items if callable(item) and getattr(item, "__module__", None) == home]

@@ -51,11 +51,11 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return f"{name}: {text}"[:limit] if text else name
 
 
-def open_regular(path: Path, error: type[FxcompileError] = ReadError) -> IO[bytes]:
+def open_regular(path: Path, error: type[FxcompileError] = ReadError, may_be_empty: bool = False) -> IO[bytes]:
     """A file opened for reading.
 
     Raises:
-        error: it is missing, a folder, a device, empty, or may not be read.
+        error: it is missing, a folder, a device, empty (unless it may be), or may not be read.
     """
     place = str(path)
     try:
@@ -70,8 +70,9 @@ def open_regular(path: Path, error: type[FxcompileError] = ReadError) -> IO[byte
     except PermissionError:
         raise error("it may not be read", place=place, mend="change its mode or owner") from None
     except (OSError, ValueError) as reason:
-        raise error(f"it cannot be opened ({one_line(reason)})", place=place, mend="check the path") from None
-    if os.fstat(stream.fileno()).st_size == 0:
+        said = (reason.strerror if isinstance(reason, OSError) else None) or str(reason)
+        raise error(f"it cannot be opened: {said}", place=place, mend="check the path") from None
+    if not may_be_empty and os.fstat(stream.fileno()).st_size == 0:
         stream.close()
         raise error("the file is empty", place=place, mend="write it again")
     return stream

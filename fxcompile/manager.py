@@ -11,10 +11,11 @@ from torch import Tensor, fx
 
 from fxcompile.calibration import as_calibration
 from fxcompile.cost import program_cost
+from fxcompile.dumping import Dumps
 from fxcompile.pipeline import format_pipeline, parse_pipeline
-from fxcompile.program import FEATURE, ORIGIN, Program, shape_of
+from fxcompile.program import FEATURE, Program
 from fxcompile.report import Report
-from fxcompile.rewriting import Pass, describe_layer
+from fxcompile.rewriting import Pass
 from fxcompile.running import Progress, Run, Verify
 from fxcompile.timing import Stopwatch
 from fxcompile.verification import Inputs
@@ -111,11 +112,12 @@ class PassManager:
         watch = Stopwatch(program.seconds)
         with watch.stage("analysis"):
             run, examples = self._prepare(program, model, watch)
-            self._dump(0, "traced", run.program)
-        for index, pass_ in enumerate(self.passes, 1):
+            dumps = Dumps(self.dump_dir)
+            dumps.write("traced", run.program)
+        for pass_ in self.passes:
             run.record.passes.append(run.apply(pass_))
             with watch.stage("analysis"):
-                self._dump(index, pass_.name, run.program)
+                dumps.write(pass_.name, run.program)
         with watch.stage("analysis"):
             run.record.after = program_cost(run.program)
         return Result(run.program, program, run.record, run.inputs, examples, self.seed, watch)
@@ -151,25 +153,6 @@ class PassManager:
             watch=watch,
         )
         return run, examples
-
-    def _dump(self, index: int, name: str, program: Program) -> None:
-        if self.dump_dir is not None:
-            self.dump_dir.mkdir(parents=True, exist_ok=True)
-            (self.dump_dir / f"{index:02d}-{name}.py").write_text(dump(program))
-
-
-def dump(program: Program) -> str:
-    """The program as readable text: its code, each line with the shape and the original layers it computes."""
-    lines = [f"# {spec.name}: {list(spec.shape)} {spec.dtype}" for spec in program.inputs]
-    for node in program.graph.nodes:
-        text = node.format_node()
-        if text is None:
-            continue
-        layer = program.layer(node)
-        what = f" {describe_layer(layer)}" if layer is not None else ""
-        origin = ", ".join(node.meta.get(ORIGIN, ()))
-        lines.append(f"{text}  #{what} {list(shape_of(node) or [])} from [{origin}]")
-    return "\n".join([*lines, "", program.module.code.strip(), ""])
 
 
 def default_examples(program: Program) -> int:

@@ -63,11 +63,11 @@ def _write_external(file: OnnxFile, path: Path) -> None:
     with open(draft, "wb") as stream:
         for header, data in _all_weights(file, made):
             offset = stream.tell()
-            padding = -offset % 4096  # aligned, so that runtimes can map it
-            stream.write(b"\0" * padding)
-            stream.write(data)
-            digest.update(data)
-            places.append((header, offset + padding, len(data)))
+            padding = b"\0" * (-offset % 4096)  # aligned, so that runtimes can map it
+            for part in (padding, data):
+                stream.write(part)
+                digest.update(part)
+            places.append((header, offset + len(padding), len(data)))
         _flush(stream)
     location = f"{path.name}.{digest.hexdigest()[:16]}.data"
     os.replace(draft, path.parent / location)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+import threading
 from types import TracebackType
 from typing import Any
 
@@ -12,32 +12,57 @@ PATIENCE = 2.0
 
 
 class Progress:
-    """Called as work goes on; draws a bar once the work has lasted. Nothing is drawn where stderr is no terminal."""
+    """Called as work goes on; draws a bar once the work has lasted. Nothing is drawn where stderr is no terminal.
+
+    Work is one step for as long as torch or onnxsim has it, so a timer draws the first bar, not the next call.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet or not sys.stderr.isatty()
-        self.started = time.monotonic()
+        self.stream = sys.stderr
+        self.quiet = quiet or not self.stream.isatty()
+        self.lock = threading.Lock()
+        self.timer = threading.Timer(PATIENCE, self._start)
+        self.timer.daemon = True
+        self.now: tuple[str, int, int] = ("", 0, 1)
         self.bar: Any = None
         self.task: Any = None
 
     def __enter__(self) -> Progress:
+        if not self.quiet:
+            self.timer.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        self.timer.cancel()
+        with self.lock:
+            self.quiet = True
+            if self.bar is not None:
+                self.bar.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Say what is being done, and how much of it is done."""
-        if self.quiet or (self.bar is None and time.monotonic() - self.started < PATIENCE):
-            return
-        if self.bar is None:
-            from rich.console import Console
-            from rich.progress import Progress as Bar
+        """Say what is being done, and how much of it is done; work of one step has no measure."""
+        with self.lock:
+            self.now = (what, done, total)
+            if self.bar is not None:
+                self._draw()
 
-            self.bar = Bar(console=Console(stderr=True), transient=True)
+    def _start(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        with self.lock:
+            if self.quiet:
+                return
+            columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
+            self.bar = Bar(*columns, console=Console(file=self.stream), transient=True,
+                           redirect_stdout=False, redirect_stderr=False)  # fmt: skip
+            self.task = self.bar.add_task("")
+            self._draw()
             self.bar.start()
-            self.task = self.bar.add_task(what, total=total)
-        self.bar.update(self.task, description=what, completed=done, total=total)
+
+    def _draw(self) -> None:
+        what, done, total = self.now
+        self.bar.update(self.task, description=what, completed=done, total=total if total > 1 else None)

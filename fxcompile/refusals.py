@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import linecache
 import logging
 import re
@@ -9,7 +10,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import FrameType
 
@@ -207,13 +208,14 @@ def definition(model: object) -> str | None:
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Torch's own loggers silenced: what they would say comes as one sentence of ours."""
+    """Torch's own loggers and prints silenced: what they would say comes as one sentence of ours."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.export", "torch._dynamo", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # where torch.export prints the graph that it could not finish
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from fxcompile.cost import Cost
+from fxcompile.tables import Row, short, table, wrapped
 
 Outcome = Literal["kept", "left", "rolled back"]
 
@@ -100,56 +101,59 @@ class Report:
     file: FileReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain data, in the documented JSON schema."""
-        return {"schema": SCHEMA, **asdict(self)}
+        """The report as plain data, in the documented JSON schema; what is not a finite number is null."""
+        plain: dict[str, Any] = _finite({"schema": SCHEMA, **asdict(self)})
+        return plain
 
     def text(self, width: int = 120) -> str:
-        """The report as a table."""
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, header_style="")
-        for title, side in (("pass / site", "left"), ("", "left"), ("what", "left"), ("error", "right"),
-                            ("params", "right"), ("MACs", "right"), ("bytes", "right"), ("s", "right")):  # fmt: skip
-            table.add_column(title, justify=side, overflow="fold", no_wrap=side == "right")  # type: ignore[arg-type]
+        """The report as a table that is at most so many characters wide."""
+        rows = []
         for item in self.passes:
-            what = item.reason or f"{item.contract.lower()}, {_count(item.sites)}"
-            if item.examples:
-                what += f", verified on {item.examples} inputs"
-            if item.error is not None and item.measured_on:
-                what += f", error on {item.measured_on}"
-            table.add_row(item.text, item.outcome, what, _error(item.error), *_costs(item.before, item.after),
-                          f"{item.seconds:.1f}")  # fmt: skip
+            rows.append(Row(item.text, _pass_text(item), _cells(item)))
             for site in item.sites:
-                table.add_row(f"  {site.name}", site.outcome, site.reason or site.change, _error(site.error),
-                              *(("", "", "") if site.outcome == "left" else _costs(site.before, site.after)),
-                              f"{site.seconds:.1f}")  # fmt: skip
-        table.add_row(
-            "whole network", "", "", "", *_costs(self.before, self.after), f"{sum(self.seconds.values()):.1f}"
-        )
-        buffer = io.StringIO()
-        console = Console(file=buffer, width=width, color_system=None, legacy_windows=False, emoji=False, markup=False)
-        console.print(table, highlight=False)
-        lines = [line.rstrip() for line in buffer.getvalue().splitlines()]
-        lines += [f"note: {note}" for note in self.notes]
+                change = site.reason if site.outcome != "kept" else site.change
+                text = f"{site.outcome}: {change}" if site.outcome != "kept" else change
+                cells = _cells(site) if site.outcome != "left" else ()
+                rows.append(Row(f"  {site.name}", text, cells))
+        total = ("", *_costs(self.before, self.after), _seconds(sum(self.seconds.values())))
+        rows.append(Row("whole network", _savings(self.before, self.after), total))
+        lines = table(Row("pass / site", "", ("error", "params", "MACs", "bytes", "s")), rows, width)
+        stages = (f"{stage} {_seconds(seconds)} s" for stage, seconds in self.seconds.items())
+        lines += wrapped(f"time: {', '.join(stages)}", width, "      ")
+        for note in self.notes:
+            lines += wrapped(f"note: {note}", width, "      ")
         if self.file is not None:
-            lines.append(
-                f"{self.file.path}: {self.file.bytes:,} bytes, {self.file.nodes} nodes, opset {self.file.opset}, "
-                f"ONNX Runtime agrees to {self.file.error:.1e} on {self.file.examples} inputs"
-            )
+            lines += wrapped(_file_text(self.file), width, "  ")
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.text()
 
 
-def _count(sites: list[SiteReport]) -> str:
-    kept = sum(site.outcome == "kept" for site in sites)
-    return f"{kept} of {len(sites)} sites rewritten" if sites else "no sites"
+def _pass_text(item: PassReport) -> str:
+    parts = [f"{item.outcome}: {item.contract.lower()}"]
+    kept = sum(site.outcome == "kept" for site in item.sites)
+    parts.append(f"{kept} of {len(item.sites)} sites rewritten" if item.sites else "no sites")
+    if item.examples:
+        parts.append(f"verified on {item.examples} inputs")
+    if item.error is not None and item.measured_on:
+        parts.append(f"error on {item.measured_on}")
+    if item.reason:
+        parts.append(item.reason)
+    return ", ".join(parts)
 
 
-def _error(error: float | None) -> str:
-    return "" if error is None else f"{error:.3g}"
+def _file_text(file: FileReport) -> str:
+    agrees = f"ONNX Runtime agrees to {file.error:.1e} on {file.examples} inputs"
+    return (
+        f"{file.path}: {file.bytes:,} bytes, {file.nodes} nodes, opset {file.opset}, "
+        f"{agrees if file.examples else 'not held against ONNX Runtime'}"
+    )
+
+
+def _cells(item: PassReport | SiteReport) -> tuple[str, ...]:
+    error = "" if item.error is None else f"{item.error:.3g}"
+    return (error, *_costs(item.before, item.after), _seconds(item.seconds))
 
 
 def _costs(before: Cost, after: Cost) -> tuple[str, str, str]:
@@ -164,9 +168,23 @@ def _change(before: int, after: int) -> str:
     return short(before) if before == after else f"{short(before)} > {short(after)}"
 
 
-def short(number: int) -> str:
-    """A count in at most five characters: 512, 28.7k, 1.82M."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return str(number)
+def _savings(before: Cost, after: Cost) -> str:
+    """By how much the network shrank, or grew."""
+    changes = (
+        (name, 1 - getattr(after, key) / getattr(before, key))
+        for name, key in (("parameters", "parameters"), ("MACs", "macs"), ("bytes", "bytes"))
+        if getattr(before, key) != getattr(after, key) and getattr(before, key)
+    )
+    return ", ".join(f"{abs(share):.1%} {'fewer' if share > 0 else 'more'} {name}" for name, share in changes)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.0f}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

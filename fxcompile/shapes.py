@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fxcompile.errors import UsageError, did_you_mean
+from fxcompile.memory import is_too_large
 
-_SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:[x,]\d+)*)(?::(?P<dtype>\w+))?")
+_SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>[0-9]{1,18}(?:[x,][0-9]{1,18})*)(?::(?P<dtype>\w+))?")
+DTYPES = ("bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "uint8")
 
 
 def example_inputs(model: nn.Module, texts: Sequence[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -43,9 +46,6 @@ def example_inputs(model: nn.Module, texts: Sequence[str]) -> tuple[tuple[Any, .
             raise UsageError(f"--input-shape names '{name}' twice", mend="keep one of them")
         else:
             kwargs[name] = made
-    positional = [name for name, item in parameters.items() if item.kind is item.POSITIONAL_OR_KEYWORD]
-    while positional and positional[0] in kwargs and len(args) == 0:  # named, but forward takes them by position
-        break
     return tuple(args), kwargs
 
 
@@ -58,16 +58,14 @@ def parse(text: str, dtype: torch.dtype, generator: torch.Generator) -> tuple[st
     if 0 in sizes:
         raise UsageError(f"--input-shape {text} has an axis of size 0", mend="give sizes of at least 1")
     if match["dtype"]:
-        named = getattr(torch, match["dtype"], None)
-        if not isinstance(named, torch.dtype):
-            raise UsageError(f"--input-shape {text} names no dtype", mend="write NAME=1x20:int64")
-        dtype = named
-    try:
-        if dtype.is_floating_point:
-            return match["name"], torch.randn(sizes, generator=generator).to(dtype)
-        return match["name"], torch.zeros(sizes, dtype=dtype)
-    except RuntimeError:
-        raise UsageError(f"--input-shape {text} is too large to allocate", mend="give smaller sizes") from None
+        if match["dtype"] not in DTYPES:
+            raise UsageError(f"--input-shape {text} names no dtype", mend=did_you_mean(match["dtype"], DTYPES))
+        dtype = getattr(torch, match["dtype"])
+    if is_too_large(math.prod(sizes) * 4):
+        raise UsageError(f"--input-shape {text} would not fit in memory", mend="give smaller sizes")
+    if dtype.is_floating_point:
+        return match["name"], torch.randn(sizes, generator=generator).to(dtype)
+    return match["name"], torch.zeros(sizes, dtype=dtype)
 
 
 def wanted(model: nn.Module) -> str:

@@ -151,7 +151,7 @@ def load_weights(module: nn.Module, state: dict[str, Any], place: str) -> None:
     """Load strictly; a prefix that all keys share is taken off where the module has no such keys.
 
     Raises:
-        ReadError: names some of the keys that are missing, unexpected or of another shape.
+        ReadError: names some of the keys that are missing, unexpected, or of another shape or kind of number.
     """
     wanted = module.state_dict(keep_vars=True)
     state = _without_prefix(state, set(wanted))
@@ -164,9 +164,20 @@ def load_weights(module: nn.Module, state: dict[str, Any], place: str) -> None:
         and not isinstance(wanted[key], nn.UninitializedParameter)
         and (not isinstance(state[key], Tensor) or state[key].shape != wanted[key].shape)
     ]
+    mis_typed = [
+        f"{key} ({_dtype(state[key])}, wanted {_dtype(wanted[key])})"
+        for key in state
+        if isinstance(wanted.get(key), Tensor) and isinstance(state[key], Tensor)
+        if _is_of_another_kind(state[key], wanted[key])
+    ]
     problems = [
         f"{len(keys)} {what}: {_some(keys)}"
-        for keys, what in ((missing, "missing"), (unexpected, "unexpected"), (mis_shaped, "of another shape"))
+        for keys, what in (
+            (missing, "missing"),
+            (unexpected, "unexpected"),
+            (mis_shaped, "of another shape"),
+            (mis_typed, "of another dtype"),
+        )
         if keys
     ]
     if problems:
@@ -176,8 +187,9 @@ def load_weights(module: nn.Module, state: dict[str, Any], place: str) -> None:
             mend="name the factory that made it with --model",
         )
     present = {key: value for key, value in wanted.items() if key not in state}
+    has_no_values = any(isinstance(value, Tensor) and value.is_meta for value in wanted.values())
     try:
-        module.load_state_dict({**present, **state}, strict=True)
+        module.load_state_dict({**present, **state}, strict=True, assign=has_no_values)
     except Exception as error:
         raise ReadError(
             f"the weights cannot be loaded ({one_line(error)})", place=place, mend="check --model"
@@ -205,6 +217,15 @@ def _without_prefix(state: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
 
 def _shape(value: Any) -> str:
     return "x".join(map(str, value.shape)) or "scalar" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _is_of_another_kind(given: Tensor, wanted: Tensor) -> bool:
+    """Torch would drop the imaginary part, or take integer codes for weights."""
+    return given.is_complex() != wanted.is_complex() or (wanted.is_floating_point() and not given.is_floating_point())
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _some(keys: list[str]) -> str:

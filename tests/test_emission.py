@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -210,43 +208,6 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         compiled().save_onnx(path)
     assert path.read_bytes() == b"old"
     assert [item.name for item in tmp_path.iterdir()] == ["m.onnx"]
-
-
-def test_kill_9_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
-    """A child writes two files of 4 MB in turn, as fast as it can, and is killed at many moments."""
-    code = """
-        import sys; from pathlib import Path; import numpy as np, onnx
-        from fxcompile.files import publish, scratch_beside
-        from fxcompile.onnxfile import OnnxFile, write_onnx
-        def model(value):
-            tensor = onnx.numpy_helper.from_array(np.full(1_000_000, value, np.float32), "w")
-            return onnx.ModelProto(ir_version=10, graph=onnx.GraphProto(name="g", initializer=[tensor]))
-        path = Path(sys.argv[1])
-        files = [OnnxFile(model(value), {}) for value in (1.0, 2.0)]
-        print("ready", flush=True)
-        while True:
-            for file in files:
-                with scratch_beside(path) as folder:
-                    write_onnx(file, folder / path.name)
-                    publish(folder / path.name, path)
-    """
-    path = tmp_path / "m.onnx"
-    seen = set()
-    for attempt in range(12):
-        child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), str(path)], stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"ready\n"
-        time.sleep(0.02 + 0.013 * attempt)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
-        if path.exists():
-            values = onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0])
-            assert values.shape == (1_000_000,)
-            assert np.all(values == values[0])
-            seen.add(float(values[0]))
-    assert seen <= {1.0, 2.0}
-    assert seen
 
 
 def test_varints_and_appended_initializers_are_protobuf(tmp_path: Path) -> None:

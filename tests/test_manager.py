@@ -11,9 +11,10 @@ from fxcompile.passes import EliminateIdentity, FoldBatchNorm
 from torch import nn
 
 from fxcompile.contracts import Approximate, Exact
+from fxcompile.dumping import dump
 from fxcompile.errors import ContractError, RewriteError
 from fxcompile.fitting import with_parameters
-from fxcompile.manager import PassManager, dump
+from fxcompile.manager import PassManager
 from fxcompile.patches import weight_matrix
 from fxcompile.program import FEATURE, ORIGIN, Program
 from fxcompile.rewriting import Pass, Replacement, Site, Skip

@@ -1,7 +1,6 @@
 """Model files that are read, and those that are refused: one sentence each, and no code of theirs runs."""
 
 import contextlib
-import io
 import json
 import os
 import pickle
@@ -15,27 +14,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import (
+    CODE,
+    CONSTANTS,
+    MARKER,
+    MODEL,
+    SAMPLES,
+    WEIGHTS,
+    Records,
+    Touch,
+    altered,
+    both,
+    edit,
+    record,
+    saved,
+    truncated,
+    zipped,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxcompile.errors import FxcompileError, ReadError, UsageError
 from fxcompile.program_json import Refused, check_expression, check_operator
 from fxcompile.reading import read_model
-
-Records = dict[str, bytes]
-MODEL = "models/model.json"
-WEIGHTS = "data/weights/model_weights_config.json"
-CONSTANTS = "data/constants/model_constants_config.json"
-SAMPLES = "data/sample_inputs/model.pt"
-MARKER = "marker"
-CODE = f"open('{MARKER}','w')"
-
-
-class Touch:
-    """Unpickling it makes the marker file in the current folder."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (MARKER, "w")
 
 
 class Net(nn.Module):
@@ -109,24 +110,10 @@ def refused(
     return sentence
 
 
-def saved(value: object, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, **options)
-    return buffer.getvalue()
-
-
 def small() -> nn.Sequential:
     from collections import OrderedDict
 
     return nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 2, 3), norm=nn.BatchNorm2d(2)))
-
-
-def zipped(records: Records, compression: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in records.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
 
 
 # what is read
@@ -208,10 +195,6 @@ def test_pickled_modules_are_read_where_they_are_allowed() -> None:
 
 
 # what is no model
-
-
-def truncated(content: bytes) -> bytes:
-    return content[: len(content) * 2 // 3]
 
 
 WRONG_FILES: dict[str, tuple[Callable[[], bytes], str, str]] = {
@@ -340,7 +323,7 @@ WRONG_FACTORIES: dict[str, tuple[str, type[FxcompileError], str]] = {
     "no module": ("surely_not_there:f", UsageError, "no module 'surely_not_there'"),
     "no file": ("nowhere/net.py:f", UsageError, "no file"),
     "misspelt": ("nets:Smal", UsageError, "no 'Smal'|Small"),
-    "not callable": ("nets:number", UsageError, "is a int"),
+    "not callable": ("nets:number", UsageError, "of type int, no function"),
     "raises on import": ("broken:f", ReadError, "ZeroDivisionError"),
     "file raises on import": ("broken.py:f", ReadError, "ZeroDivisionError"),
     "lacks a package": ("lacking:f", ReadError, "surely_not_installed|install"),
@@ -365,25 +348,6 @@ def test_a_factory_goes_with_a_state_dict_only(good: Path) -> None:
 
 
 # exported programs that would run code
-
-
-def edit(name: str, change: Callable[[Any], object]) -> Callable[[Records], object]:
-    """A change of one record's JSON."""
-
-    def apply(records: Records) -> None:
-        data = json.loads(records[name])
-        change(data)
-        records[name] = json.dumps(data).encode()
-
-    return apply
-
-
-def both(*changes: Callable[[Records], object]) -> Callable[[Records], object]:
-    return lambda records: [change(records) for change in changes]
-
-
-def record(name: str, value: bytes) -> Callable[[Records], object]:
-    return lambda records: records.update({name: value})
 
 
 def graph(data: Any) -> Any:
@@ -508,15 +472,6 @@ MALICIOUS: dict[str, tuple[Callable[[Records], object], str]] = {
     ),
     "unknown field": (edit(MODEL, lambda data: data.update(new_code="x")), "does not know"),
 }
-
-
-def altered(good: Path, change: Callable[[Records], object]) -> Path:
-    with zipfile.ZipFile(good) as archive:
-        records = {entry.filename.partition("/")[2]: archive.read(entry) for entry in archive.infolist()}
-    change(records)
-    path = Path("altered.pt2")
-    path.write_bytes(zipped({f"net/{name}": content for name, content in records.items()}))
-    return path
 
 
 @pytest.mark.parametrize("case", MALICIOUS)
