@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from fxcompile.functional import Unfollowable
 from fxcompile.lowering import NoSpelling
 from fxcompile.program import output_node
 from fxcompile.refusals import model_frames, quiet_torch
-from fxcompile.signature import Signature
+from fxcompile.signature import Signature, plain_containers
 
 _FRAMES = "_filter_traceback_frames", staticmethod(model_frames)
 """Of all frames in which an operation was traced, those that `torch.fx` keeps as the node's stack trace."""
@@ -42,13 +43,31 @@ def export(model: nn.Module, signature: Signature) -> ExportedProgram:
     """Export a model, its batch free if that works."""
     args, kwargs = signature.call([tensor.clone() for tensor in signature.tensors])
     batch = _dynamic_batch(signature, args, kwargs)
-    with quietly():
+    with quietly(), _plain_output(model):
         if batch is not None:
             try:
                 return torch.export.export(model, args, kwargs, dynamic_shapes=batch, strict=False)
             except Exception:
                 pass  # the batch may be fixed by the model; the second attempt says what else is wrong
         return torch.export.export(model, args, kwargs, strict=False)
+
+
+@contextmanager
+def _plain_output(model: nn.Module) -> Iterator[None]:
+    """A model that returns a class of its own returns plain containers meanwhile: `torch.export` knows no others."""
+    forward = model.forward
+    held = {"forward": forward} if "forward" in model.__dict__ else {}
+
+    @functools.wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return plain_containers(forward(*args, **kwargs))
+
+    model.__dict__["forward"] = plain
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        model.__dict__.update(held)
 
 
 def _dynamic_batch(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -698,7 +698,10 @@ def lower_nothing(self: Canonicaliser, call: Call) -> Any:
 
 def lower_by_schema(self: Canonicaliser, call: Call) -> Any:
     """A function that is `torch.NAME` with the arguments of `aten.NAME`."""
+    space, _, rest = call.name.partition("_")
     function = getattr(torch, call.name, None) or getattr(Tensor, call.name, None)
+    if function is None and space in ("fft", "linalg", "special"):
+        function = getattr(getattr(torch, space), rest, None)
     if function is None or not callable(function) or (call.is_functional and not hasattr(torch, call.name)):
         return NotImplemented
     read = schemas.read(call.name, call.schema, call.args, call.kwargs, call.rank)

@@ -276,6 +276,9 @@ def lower_recurrent(self: Canonicaliser, call: Call) -> Any:
     new = self.call_layer(scope or owner or None, layer, inputs, call.node)
     if call.name != "lstm":
         return new
+    meta = call.node.meta.get("tensor_meta")
+    if isinstance(meta, tuple):
+        new.meta["tensor_meta"] = (meta[0], None)  # the layer gives the two states as one tuple
     states = self.make(operator.getitem, (new, 1), call.node)
     states.meta.pop("tensor_meta", None)
     return tuple(

@@ -199,7 +199,11 @@ def versions(module: nn.Module | None) -> dict[str, tuple[int, ...]]:
 def left_alone(model: nn.Module) -> Iterator[ModelState]:
     """The model in eval mode; afterwards its modes, attributes and buffers are what they were, and so is the seed."""
     state = ModelState(model, values=True)
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError:  # as the graph modules of exported programs do
+        for module in model.modules():
+            module.training = False
     for module in model.modules():
         module._compiled_call_impl = None  # what `module.compile()` sets
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompile.functional import is_plain
-from fxcompile.program import fetch, record_shape
+from fxcompile.program import ORIGIN, fetch, record_shape
 from fxcompile.resizing import SIZED, BatchFreer, Shape, Shapes, batched, inputs_of, larger_maps
 from fxcompile.trees import drop_dead_code, place
 
@@ -85,6 +85,7 @@ class Settler:
         last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             made = self.graph.call_function(torch.Tensor.size, (source, 0))
+        made.meta[ORIGIN] = source.meta.get(ORIGIN, ())
         self.varying.add(made)
         return made
 

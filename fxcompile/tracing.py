@@ -307,7 +307,7 @@ class ShapeKeeper(fx.Interpreter):
 
 def _same(program: Program, inputs: Sequence[Tensor], expected: Any, where: str) -> None:
     """Raises Refused unless the program gives what the model gave."""
-    wanted = flatten_tensors(expected)
+    wanted = tuple(tensor.detach() for tensor in flatten_tensors(expected))
     given = _outputs(program, inputs)
     if len(given) != len(wanted):
         raise Refused(f"the traced program has {len(given)} outputs and the model {len(wanted)}")

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from forms import assert_canonical
 from torch import Tensor, nn
 from zoo import ARCHITECTURES, FAMILIES, example_inputs
 from zoo.pretrained import load_crepe_tiny, load_onet, load_rnet
@@ -94,6 +95,7 @@ def check(result: Result, model: nn.Module, args: Any, kwargs: dict[str, Any], p
 def test_every_network_comes_out_of_onnx_runtime_within_its_contracts(name: str, tmp_path: Path) -> None:
     model, args, kwargs = MODELS[name]()
     program = trace(model, args, kwargs)
+    assert_canonical(program, model)
     result = PassManager(PIPELINE, calibration=calibration(program, 12)).run(program)
     check(result, model, args, kwargs, tmp_path / "model.onnx")
 
