@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -117,6 +118,30 @@ def shallow_copy(module: nn.Module) -> nn.Module:
         copied.__dict__[registry] = copy.copy(module.__dict__[registry])
     copied.__dict__["_modules"] = {name: child and shallow_copy(child) for name, child in module._modules.items()}
     return copied
+
+
+def converted(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a module over its tensors changed: cast, or moved to another device."""
+    copied = shallow_copy(module)
+    for inner in copied.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None:
+                inner._parameters[name] = nn.Parameter(change(parameter.detach()), parameter.requires_grad)
+        for name, buffer in inner._buffers.items():
+            inner._buffers[name] = None if buffer is None else change(buffer.detach())
+        if isinstance(inner, nn.RNNBase):
+            inner._init_flat_weights()
+    return copied
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor's shape and dtype, without values."""
+    return tensor.to("meta")
+
+
+def as_double(tensor: Tensor) -> Tensor:
+    """A floating tensor in float64; others as they are."""
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _evaluated(module: nn.Module, kind: type[nn.Module]) -> nn.Module:

@@ -20,8 +20,11 @@ from fxcompile.running import Progress, Run, Verify
 from fxcompile.timing import Stopwatch
 from fxcompile.verification import Inputs
 
-MAC_BUDGET = 60_000_000_000
+BUDGET = 30_000_000_000
 """By default the whole network is verified on as many inputs as cost this many multiply-accumulates, 2 to 20."""
+
+OVERHEAD = 1_000_000
+"""Multiply-accumulates that take as long as the call of one operation does, however little it computes."""
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -157,4 +160,5 @@ class PassManager:
 
 def default_examples(program: Program) -> int:
     """How many inputs to draw for a check of the whole network: fewer where each costs more."""
-    return max(2, min(20, MAC_BUDGET // max(program_cost(program).macs, 1)))
+    cost = program_cost(program).macs + OVERHEAD * len(program.graph.nodes)
+    return max(2, min(20, BUDGET // cost))

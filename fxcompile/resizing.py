@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxcompile.layers import shallow_copy
+from fxcompile.layers import converted, on_meta
 from fxcompile.program import dtype_of, fetch, shape_of
 
 SIZED: dict[Any, int] = {
@@ -94,17 +94,7 @@ class Shapes:
 
     def _layer(self, target: str) -> nn.Module:
         if target not in self._layers:
-            layer = shallow_copy(self.root.get_submodule(target))
-            for module in layer.modules():
-                for registry in (module._parameters, module._buffers):
-                    for name, tensor in registry.items():
-                        if tensor is not None:
-                            moved = tensor.detach().to("meta")
-                            held: Any = nn.Parameter(moved, False) if registry is module._parameters else moved
-                            registry[name] = held
-            if isinstance(layer, nn.RNNBase):
-                layer._init_flat_weights()
-            self._layers[target] = layer
+            self._layers[target] = converted(self.root.get_submodule(target), on_meta)
         return self._layers[target]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Contract
 from fxcompile.fitting import LayerStats
+from fxcompile.layers import as_double, converted
 from fxcompile.program import Program, shape_of
 
 Pairs = tuple[tuple[Tensor, Tensor], ...]
@@ -70,7 +70,7 @@ class Site:
 
     def double(self) -> Site:
         """The same site with its layers in float64, where a wrong rewrite cannot hide behind rounding."""
-        return replace(self, layers=tuple(copy.deepcopy(layer).double() for layer in self.layers))
+        return replace(self, layers=tuple(converted(layer, as_double) for layer in self.layers))
 
     def with_pairs(self, pairs: Pairs) -> Site:
         """The same site with calibration batches to fit to."""

@@ -15,6 +15,7 @@ from fxcompile.calibration import Calibration, InputSpec
 from fxcompile.contracts import Exact, tolerance
 from fxcompile.cost import nodes_cost, program_cost, samples
 from fxcompile.errors import ContractError, FitError, RewriteError
+from fxcompile.footprint import enough_pixels
 from fxcompile.program import Program, dtype_of, shape_of
 from fxcompile.report import PassReport, Report, SiteReport
 from fxcompile.rewriting import Pass, Replacement, Site, Skip, describe_layer
@@ -159,7 +160,7 @@ class Run:
             replacement = [module.double() for module in replacement]
         else:
             replacement = replacement.double()
-        specs, examples = site_inputs(site, self.program.batch_is_free)
+        specs, examples = site_inputs(site, self.program.batch_is_free, map_size(site, replacement))
         inputs = Inputs(specs, examples)
         as_traced = Inputs([dataclasses.replace(spec, batch_axis=None) for spec in specs], examples)
 
@@ -273,13 +274,26 @@ class _RolledBack(Exception):
     """A site broke the contract and the user chose to go on without it."""
 
 
-def site_inputs(site: Site, batch_is_free: bool) -> tuple[tuple[InputSpec, ...], tuple[Tensor, ...]]:
-    """What a site takes, in the form that inputs are drawn for."""
+def map_size(site: Site, replacement: Replacement) -> tuple[int, ...]:
+    """The size of a map, along its last axes, that shows all which a site and its replacement do; () for the whole."""
+    layers = [replacement] if isinstance(replacement, nn.Module) else replacement
+    old, new = enough_pixels(site.layers), enough_pixels(layers)
+    if len(site.layers) != len(site.nodes) or old is None or new is None:
+        return ()
+    return tuple(map(max, old, new))
+
+
+def site_inputs(
+    site: Site, batch_is_free: bool, most: tuple[int, ...] = ()
+) -> tuple[tuple[InputSpec, ...], tuple[Tensor, ...]]:
+    """What a site takes, in the form that inputs are drawn for; of its maps only so many pixels along the last axes."""
     specs, examples = [], []
     for node in region_inputs(site.nodes):
         shape, dtype = shape_of(node), dtype_of(node)
         if shape is None or dtype is None:
             raise RewriteError("a site must take tensors", place=f"layer '{site.name}'")
+        if most:
+            shape = (*shape[: -len(most)], *map(min, shape[-len(most) :], most))
         specs.append(InputSpec(node.name, shape, dtype, batch_axis=0 if batch_is_free and shape else None))
         examples.append(torch.zeros(shape, dtype=dtype))
     return tuple(specs), tuple(examples)

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from fxcompile.canonical import canonicalise
 from fxcompile.errors import RewriteError
 from fxcompile.functional import make_functional
-from fxcompile.layers import PLAIN
+from fxcompile.layers import PLAIN, converted, on_meta
 from fxcompile.program import FEATURE, ORIGIN, Program, dtype_of, fetch, output_node, record_shape, shape_of
 from fxcompile.rewriting import Replacement, Site
 from fxcompile.spellings import STATELESS
@@ -108,9 +107,8 @@ def _chain_fragment(inputs: Sequence[fx.Node], modules: Sequence[nn.Module]) -> 
     value = torch.empty(shape_of(inputs[0]) or (), dtype=dtype_of(inputs[0]), device="meta")
     record_shape(current, value)
     for index, module in enumerate(modules):
-        meta = {name: tensor.to("meta") for name, tensor in (*module.named_parameters(), *module.named_buffers())}
         with torch.no_grad():
-            value = functional_call(module, meta, (value,))
+            value = converted(module, on_meta)(value)
         root.add_module(str(index), module)
         current = graph.call_module(str(index), (current,))
         record_shape(current, value)

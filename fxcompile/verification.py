@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from fxcompile.calibration import Calibration, InputSpec
 from fxcompile.contracts import tolerance
+from fxcompile.layers import as_double, converted
 from fxcompile.program import Program, flatten_tensors
 
 KINDS = ("impulse", "constant", "calibration", "normal", "large", "tiny")
@@ -213,22 +213,20 @@ class DoubleInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":
-            return self._double(super().run_node(n))
+            value = super().run_node(n)
+            return as_double(value) if isinstance(value, Tensor) else value
         return super().run_node(n)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         layer = self.fetch_attr(target)
-        held = dict((*layer.named_parameters(), *layer.named_buffers()))
-        return functional_call(layer, {name: self._double(tensor) for name, tensor in held.items()}, args, kwargs)
+        holds = any(True for _ in (*layer.parameters(), *layer.buffers()))
+        return (converted(layer, as_double) if holds else layer)(*args, **kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         def widen(item: Any) -> Any:
             return torch.float64 if item is self.dtype else item
 
         return super().call_function(target, fx.node.map_aggregate(args, widen), fx.node.map_aggregate(kwargs, widen))
-
-    def _double(self, value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 _TO_A_SHARE_OF_ONE = (nn.Sigmoid, nn.ELU, nn.CELU, nn.SELU)
@@ -278,7 +276,7 @@ def rounding_reach(program: Program, inputs: Sequence[Tensor], exact: Sequence[T
     Every layer's output is perturbed by a tenth of the tolerance for one layer (about what other kernels for the same
     layer differ by), and the network run on in float64.
     """
-    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+    wide = [as_double(tensor) for tensor in inputs]
     with torch.no_grad():
         interpreter = NoisyInterpreter(program.module, program.dtype, tolerance(program.dtype) / 10)
         value = interpreter.run(*wide, enable_io_processing=False)
@@ -290,7 +288,7 @@ def rounding_reach(program: Program, inputs: Sequence[Tensor], exact: Sequence[T
 
 def run_double(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The outputs of a program computed in float64 from its own weights."""
-    wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+    wide = [as_double(tensor) for tensor in inputs]
     with torch.no_grad():
         value = DoubleInterpreter(program.module, program.dtype).run(*wide, enable_io_processing=False)
     return flatten_tensors(value)
