@@ -13,7 +13,18 @@ from fxcompile.canonical import canonicalise
 from fxcompile.errors import RewriteError
 from fxcompile.functional import make_functional
 from fxcompile.layers import PLAIN, converted, on_meta
-from fxcompile.program import FEATURE, ORIGIN, Program, dtype_of, fetch, output_node, record_shape, shape_of
+from fxcompile.program import (
+    FEATURE,
+    ORIGIN,
+    Program,
+    dtype_of,
+    fetch,
+    output_node,
+    propagate_shapes,
+    record_shape,
+    shape_of,
+)
+from fxcompile.refusals import one_line
 from fxcompile.rewriting import Replacement, Site
 from fxcompile.spellings import STATELESS
 from fxcompile.trees import is_free, outside_of_layers, place
@@ -37,6 +48,31 @@ class Fragment:
     def nodes(self) -> list[fx.Node]:
         """The nodes that will be new in the program."""
         return [node for node in self.graph.nodes if node.op not in ("placeholder", "output")]
+
+    def for_caller(self, site: Site, region: Sequence[fx.Node]) -> Fragment:
+        """The fragment with the shapes that it has at another call of the site's layer, which may take a larger map.
+
+        Raises:
+            RewriteError: it does not give there what the layer gives.
+        """
+        inputs = region_inputs(region)
+        holes = [node for node in self.graph.nodes if node.op == "placeholder"]
+        if all(shape_of(hole) == shape_of(node) for hole, node in zip(holes, inputs, strict=True)):
+            return self
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, copies))
+        sized = Fragment(self.root, graph)
+        module = fx.GraphModule(converted(self.root, on_meta), graph)
+        tensors = [torch.empty(shape_of(node) or (), dtype=dtype_of(node), device="meta") for node in inputs]
+        try:
+            propagate_shapes(module, tensors)
+        except RuntimeError as error:
+            raise misfit(
+                site, f"does not take what the layer takes at '{region[0].name}': {one_line(error)}"
+            ) from error
+        check_same_output(site, region[-1], sized)
+        return sized
 
     def paths(self, site: Site) -> dict[str, str]:
         """Where each layer and tensor of the fragment is to be stored in the program, by its target here.
@@ -93,11 +129,7 @@ def fragment_of(site: Site, replacement: Replacement) -> Fragment:
             return _chain_fragment(inputs, modules)
         return _traced_fragment(inputs, modules[0] if len(modules) == 1 else nn.Sequential(*modules))
     except RuntimeError as error:
-        raise RewriteError(
-            f"its replacement does not take what the site takes: {str(error).splitlines()[0]}",
-            place=f"layer '{site.name}'",
-            mend="this is a bug of the pass",
-        ) from error
+        raise misfit(site, f"does not take what the site takes: {one_line(error)}") from error
 
 
 def _chain_fragment(inputs: Sequence[fx.Node], modules: Sequence[nn.Module]) -> Fragment:
@@ -157,8 +189,9 @@ class Splicer:
         Raises:
             RewriteError: the fragment gives another shape or dtype than the site.
         """
-        check_same_output(site, fragment)
+        check_same_output(site, site.nodes[-1], fragment)
         regions: list[tuple[fx.Node, ...]] = [(node,) for node in self._callers(site)] or [site.nodes]
+        fragments = [fragment.for_caller(site, region) for region in regions]
         gone = {node for region in regions for node in region}
         for target in {str(node.target) for node in gone if node.op == "call_module"}:
             self.calls[target] = [node for node in self.calls[target] if node not in gone]
@@ -166,8 +199,8 @@ class Splicer:
                 self.program.module.delete_submodule(target)
         names = self._place(site, fragment)
         made: list[fx.Node] = []
-        for region in regions:
-            made += self._inline(region, fragment, names)
+        for region, sized in zip(regions, fragments, strict=True):
+            made += self._inline(region, sized, names)
         return made
 
     def _callers(self, site: Site) -> list[fx.Node]:
@@ -255,19 +288,21 @@ def run_replacement(replacement: Replacement, inputs: Sequence[Tensor]) -> Tenso
     return current
 
 
-def check_same_output(site: Site, fragment: Fragment) -> None:
-    """Raises RewriteError unless the fragment gives the site's shape and dtype: `graph.lint` accepts any."""
-    old, new = site.nodes[-1], output_node(fragment.graph).args[0]
+def check_same_output(site: Site, old: fx.Node, fragment: Fragment) -> None:
+    """Raises RewriteError unless the fragment gives the old node's shape and dtype: `graph.lint` accepts any."""
+    new = output_node(fragment.graph).args[0]
     if not isinstance(new, fx.Node):
-        raise RewriteError(
-            "its replacement does not return one tensor", place=f"layer '{site.name}'", mend="this is a bug of the pass"
-        )
+        raise misfit(site, "does not return one tensor")
     if shape_of(old) != shape_of(new) or dtype_of(old) != dtype_of(new):
-        raise RewriteError(
-            f"its replacement gives {shape_of(new)} {dtype_of(new)}, and the site {shape_of(old)} {dtype_of(old)}",
-            place=f"layer '{site.name}'",
-            mend="this is a bug of the pass",
+        where = "" if old is site.nodes[-1] else f" at '{old.name}'"
+        raise misfit(
+            site, f"gives {shape_of(new)} {dtype_of(new)}, and the site {shape_of(old)} {dtype_of(old)}{where}"
         )
+
+
+def misfit(site: Site, what: str) -> RewriteError:
+    """The error for a replacement that cannot take its site's place."""
+    return RewriteError(f"its replacement {what}", place=f"layer '{site.name}'", mend="this is a bug of the pass")
 
 
 def finish(program: Program) -> None:

@@ -12,7 +12,7 @@ from helpers import Net, printed
 from torch import Tensor, fx, nn
 
 from fxcompile.errors import RewriteError
-from fxcompile.program import FEATURE, ORIGIN, Program, dtype_of, output_node, shape_of
+from fxcompile.program import FEATURE, ORIGIN, Program, dtype_of, output_node, propagate_shapes, shape_of
 from fxcompile.rewriting import Replacement, Site
 from fxcompile.splice import Splicer, finish, fragment_of, region_inputs, run_region, run_replacement
 from fxcompile.tracing import trace
@@ -419,3 +419,35 @@ def test_several_layers_in_place_of_one_call_of_a_shared_layer_lie_beside_it() -
     made = splice(program, site_of(program, "act"), [nn.ReLU(), nn.ReLU()])
     assert [str(node.target) for node in made] == ["act_1", "act_2"]
     assert_same(program, expected, image())
+
+
+# a layer that is called on maps of several sizes
+
+
+class Pyramid(nn.Module):
+    """A head that several levels share, as in RetinaNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.head(x), self.head(torch.nn.functional.max_pool2d(x, 2))]
+
+
+def test_each_caller_of_a_shared_layer_gets_the_shapes_of_its_own_map() -> None:
+    program = program_of(Pyramid())
+    splice(program, site_of(program, "head"), [nn.Conv2d(4, 5, 1), nn.Conv2d(5, 6, 3, padding=1)])
+    recorded = {node: shape_of(node) for node in program.graph.nodes if node.op == "call_module"}
+    assert len(set(recorded.values())) == 5
+    propagate_shapes(program.module, program.examples)
+    assert recorded == {node: shape_of(node) for node in recorded}
+
+
+def test_a_replacement_that_fits_one_caller_only_is_refused_before_anything_changes() -> None:
+    program = program_of(Pyramid())
+    before = printed(program)
+    resized = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Upsample((6, 6)))
+    with pytest.raises(RewriteError, match=r"layer 'head': its replacement gives \(2, 6, 6, 6\).*\(2, 6, 3, 3\).* at"):
+        splice(program, site_of(program, "head"), resized)
+    assert printed(program) == before
