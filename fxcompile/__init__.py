@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fxcompile.bisecting import bisect
     from fxcompile.contracts import Approximate, Exact, Trained
     from fxcompile.errors import FxcompileError
     from fxcompile.manager import PassManager, Result
@@ -37,6 +38,7 @@ _HOMES = {
     "Site": "rewriting",
     "Skip": "rewriting",
     "Trained": "contracts",
+    "bisect": "bisecting",
     "format_pipeline": "pipeline",
     "parse_pipeline": "pipeline",
     "read_model": "reading",
@@ -54,6 +56,7 @@ __all__ = [
     "Site",
     "Skip",
     "Trained",
+    "bisect",
     "format_pipeline",
     "parse_pipeline",
     "read_model",

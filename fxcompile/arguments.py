@@ -99,18 +99,23 @@ def check_files(
         raise UsageError(f"the output '{output}' is no .onnx file", mend="name it OUT.onnx")
     if os.fsencode(output) != str(output).encode(errors="replace"):
         raise UsageError(f"the output's name '{output}' is no UTF-8, as ONNX wants it", mend="choose another name")
-    for path in (output, report):
-        if path is None:
-            continue
-        check_writable(path)
-        for other in inputs:
-            if other is not None and is_same_file(path, other):
-                raise UsageError(f"'{path}' is an input too", mend="choose another output")
+    check_written(output, inputs)
+    check_written(report, inputs)
     if report is not None and report.resolve() == output.resolve():
         raise UsageError("--report and -o name the same file", mend="choose another file for the report")
     if dump_dir is not None:
         check_folder(dump_dir)
     return output
+
+
+def check_written(path: Path | None, inputs: tuple[Path | None, ...]) -> None:
+    """Raises WriteError where a file cannot be written, UsageError where it would overwrite an input."""
+    if path is None:
+        return
+    check_writable(path)
+    for other in inputs:
+        if other is not None and is_same_file(path, other):
+            raise UsageError(f"'{path}' is an input too", mend="choose another output")
 
 
 def is_same_file(path: Path, other: Path) -> bool:

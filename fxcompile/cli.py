@@ -6,12 +6,9 @@ import contextlib
 import difflib
 import json
 import os
-import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -22,6 +19,17 @@ from fxcompile.arguments import (
     dynamic_option,
     numbers,
     pipeline_text,
+)
+from fxcompile.cli_bisect import bisect_command
+from fxcompile.cli_options import (
+    calibration_options,
+    model_options,
+    passes_option,
+    path_type,
+    report_options,
+    seed_option,
+    terminal_width,
+    with_options,
 )
 from fxcompile.errors import FxcompileError, UsageError, did_you_mean
 from fxcompile.streams import abandon_stdout, fail, open_streams, print_text
@@ -46,6 +54,7 @@ class _Group(click.Group):
         formatter.write_usage("fxcompile", "MODEL [OPTIONS] -o OUT.onnx")
         formatter.write_usage("fxcompile", "passes [NAME]", prefix="       ")
         formatter.write_usage("fxcompile", "show MODEL [OPTIONS]", prefix="       ")
+        formatter.write_usage("fxcompile", "bisect MODEL [OPTIONS]", prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options of the main command, which is run where no command is named."""
@@ -103,49 +112,21 @@ def check_current_folder() -> None:
         raise UsageError("the current folder does not exist any more", mend="go to another") from None
 
 
-def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A decorator that gives a command these options, in this order."""
-
-    def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_path = click.Path(path_type=Path)
-_model_options = with_options(
-    click.argument("model", metavar="MODEL", type=_path),
-    click.option("--model", "factory", metavar="MODULE:FACTORY",
-                 help="The architecture, where MODEL holds a state dict (.pt, .pth, .safetensors): what makes it "
-                 "without arguments, as package.module:name or path/to/file.py:name."),
-    click.option("--input-shape", "input_shapes", metavar="[NAME=]SHAPE", multiple=True,
-                 help="An input's shape, 1x3x224x224 or ids=1x20:int64; once for each input. A .pt2 needs none."),
-    click.option("--allow-pickle", is_flag=True, help="Load pickled files, which can run any code they hold."),
-)  # fmt: skip
 _compile_options = with_options(
-    click.option("--passes", metavar="TEXT", multiple=True,
-                 help="name(option=value, ...), name, ...; or @FILE. See fxcompile passes."),
-    click.option("-o", "--output", type=_path, metavar="OUT.onnx", help="The ONNX file to write."),
-    click.option("--calibration", type=_path, metavar="FILE",
-                 help="Samples of the input: .npz, .npy, .pt, .safetensors, or a folder of images."),
-    click.option("--image-mean", metavar="R,G,B", help="Mean by channel, subtracted from images scaled to 0..1."),
-    click.option("--image-std", metavar="R,G,B", help="Deviation by channel, which images are divided by."),
+    passes_option,
+    click.option("-o", "--output", type=path_type, metavar="OUT.onnx", help="The ONNX file to write."),
+    calibration_options,
     click.option("--verify", type=click.Choice(["raise", "rollback", "off"]), default="raise", show_default=True,
                  help="At a broken contract: stop, go on without that site or pass, or do not look."),
     click.option("--verify-examples", type=click.IntRange(1), metavar="N",
                  help="Inputs drawn for each check  [default: 2 to 20, by cost]"),
-    click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, metavar="N", show_default=True,
-                 help="Of everything random."),
+    seed_option,
     click.option("--dynamic", metavar="batch|none|NAME=AXES", multiple=True,
                  help="Input dimensions that stay free, as image=0,2,3 once for each input  [default: batch]"),
     click.option("--opset", type=int, metavar="N", help="The ONNX opset  [default: the exporter's]"),
-    click.option("--dump-dir", type=_path, metavar="DIR",
+    click.option("--dump-dir", type=path_type, metavar="DIR",
                  help="A folder for the graph after each pass, as readable text."),
-    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-    click.option("--report", "report_file", type=_path, metavar="FILE", help="Write the JSON report to a file too."),
-    click.option("--quiet", is_flag=True, help="Print no report, unless as JSON, and no progress."),
+    report_options,
 )  # fmt: skip
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 
@@ -164,7 +145,7 @@ def cli() -> None:
 
 
 @cli.command("compile", short_help="What runs where no command is named.")
-@_model_options
+@model_options
 @_compile_options
 def compile_command(
     model: Path,
@@ -247,7 +228,7 @@ def passes_command(name: str | None, as_json: bool) -> None:
 
 
 @cli.command("show", short_help="A model's layers, shapes, parameters, multiply-accumulates, bytes.")
-@_model_options
+@model_options
 @_json_option
 def show_command(
     model: Path, factory: str | None, input_shapes: tuple[str, ...], allow_pickle: bool, as_json: bool
@@ -263,6 +244,4 @@ def show_command(
     print_text(json.dumps(described.as_dict(), indent=2) if as_json else described.text(terminal_width()))
 
 
-def terminal_width() -> int:
-    """Columns of the terminal that results are printed to, 120 where they go elsewhere."""
-    return max(shutil.get_terminal_size((120, 0)).columns, 60) if sys.stdout.isatty() else 120
+cli.add_command(bisect_command)

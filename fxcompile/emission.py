@@ -41,6 +41,7 @@ def save_onnx(
     dynamic: Dynamic = "batch",
     opset: int | None = None,
     verify: bool = True,
+    simplified: bool = True,
 ) -> FileReport:
     """Write a result's program as a simplified ONNX file which ONNX Runtime has been seen to run.
 
@@ -49,6 +50,7 @@ def save_onnx(
             model fixes it), "none", or axes by input name.
         opset: the ONNX opset; by default the exporter's own.
         verify: hold the file against the program in ONNX Runtime before it is written.
+        simplified: by onnxsim; else as the exporter makes it.
 
     Raises:
         EmitError: the exporter cannot express the program, or the file does not compute what the program does.
@@ -69,7 +71,7 @@ def save_onnx(
             model = export(program, opset)
         result.record.notes.append("the batch is fixed in the file: the exporter could not keep it free")
     metadata = {"fxcompile.pipeline": result.record.pipeline, "fxcompile.seed": str(result.seed)}
-    for options in SIMPLIFICATIONS:
+    for options in SIMPLIFICATIONS if simplified else (None,):
         try:
             report = _write(model, program, options, metadata, result, path, verify)
         except (EmitError, DecodeError):

@@ -27,8 +27,8 @@ OVERHEAD = 1_000_000
 """Multiply-accumulates that take as long as the call of one operation does, however little it computes."""
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    pass
+def silent(what: str, done: int, total: int) -> None:
+    """Shows no progress."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class PassManager:
         passes: passes, or pipeline text.
         calibration: samples of the real input, unlabelled: a tensor or array, a mapping by input name, or an iterable
             of batches. Approximate passes fit to three quarters of it and measure on the rest.
-        verify: what a broken contract does: raise `ContractError`, roll the site or pass back, or not be looked for.
+        verify: what a broken contract does: "raise" a `ContractError`, "rollback" of the site or pass, "keep" it and
+            say so in the record, or "off": it is not looked for.
         verify_examples: inputs drawn for each check of the whole network; by default by what a run of it costs.
         seed: of everything random.
         dump_dir: a folder for the graph after each pass, as readable text.
@@ -94,7 +95,7 @@ class PassManager:
         verify_examples: int | None = None,
         seed: int = 0,
         dump_dir: str | Path | None = None,
-        progress: Progress = _silent,
+        progress: Progress = silent,
     ) -> None:
         self.passes = parse_pipeline(passes) if isinstance(passes, str) else list(passes)
         self.calibration = calibration
@@ -114,7 +115,7 @@ class PassManager:
         """
         watch = Stopwatch(program.seconds)
         with watch.stage("analysis"):
-            run, examples = self._prepare(program, model, watch)
+            run = self.start(program, model, watch)
             dumps = Dumps(self.dump_dir)
             dumps.write("traced", run.program)
         for pass_ in self.passes:
@@ -123,13 +124,11 @@ class PassManager:
                 dumps.write(pass_.name, run.program)
         with watch.stage("analysis"):
             run.record.after = program_cost(run.program)
-        return Result(run.program, program, run.record, run.inputs, examples, self.seed, watch)
+        return self.result(run, program)
 
-    def _prepare(self, program: Program, model: str, watch: Stopwatch) -> tuple[Run, int]:
-        """A run on a copy of the program, and how many inputs to draw for a check of the whole network."""
+    def start(self, program: Program, model: str, watch: Stopwatch) -> Run:
+        """A run on a copy of the program, before its first pass."""
         data = None if self.calibration is None else as_calibration(self.calibration, program.inputs)
-        inputs = Inputs(program.inputs, program.examples, data)
-        examples = self.verify_examples if self.verify_examples is not None else default_examples(program)
         before = program_cost(program)
         record = Report(
             model or type(program.module).__name__,
@@ -143,19 +142,26 @@ class PassManager:
         original = program.snapshot()
         for node in original.graph.nodes:
             node.meta[FEATURE] = node.name
-        run = Run(
+        return Run(
             original,
             original.snapshot(),
             data,
-            inputs,
+            Inputs(program.inputs, program.examples, data),
             record,
             seed=self.seed,
             verify=self.verify,
-            examples=examples if self.verify != "off" else 0,
+            examples=self._examples(program) if self.verify != "off" else 0,
             progress=self.progress,
             watch=watch,
         )
-        return run, examples
+
+    def result(self, run: Run, program: Program) -> Result:
+        """What a run has come to, for the program that it began with."""
+        return Result(run.program, program, run.record, run.inputs, self._examples(program), self.seed, run.watch)
+
+    def _examples(self, program: Program) -> int:
+        """How many inputs to draw for a check of the whole network."""
+        return self.verify_examples if self.verify_examples is not None else default_examples(program)
 
 
 def default_examples(program: Program) -> int:

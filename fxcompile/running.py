@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,12 +24,18 @@ from fxcompile.splice import Splicer, finish, fragment_of, region_inputs, run_re
 from fxcompile.timing import Stopwatch
 from fxcompile.verification import Broken, Case, Inputs, cases, compare, compare_programs, draw, search
 
-Verify = Literal["raise", "rollback", "off"]
+Verify = Literal["raise", "rollback", "keep", "off"]
+"""What a broken contract does: it stops the run, or is undone, or is only written down, or is not looked for."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 SITE_CASES = 3
 """Drawn inputs for each exact site, beside those for the whole network."""
+
+
+Fitted = tuple[Replacement, float | None]
+"""A replacement and its error on held-out data, None where it is exact."""
 
 
 @dataclass
@@ -47,10 +53,18 @@ class Run:
     progress: Progress
     watch: Stopwatch
     references: dict[Case, tuple[Tensor, ...]] = field(default_factory=dict)
+    made: dict[str, Fitted] = field(default_factory=dict)
+    known: Mapping[str, Fitted] = field(default_factory=dict)
 
-    def apply(self, pass_: Pass) -> PassReport:
-        """Run one pass; what it breaks is raised or rolled back."""
+    def apply(self, pass_: Pass, known: Mapping[str, Fitted] | None = None) -> PassReport:
+        """Run one pass; what it breaks is raised or rolled back.
+
+        Args:
+            known: what an earlier run made of the first sites, as `made` has it after that run, in the order of the
+                sites and by the names of their last nodes: they are not rewritten and fitted again.
+        """
         started = time.perf_counter()
+        self.made, self.known = {}, known or {}
         with self.watch.stage(pass_.name):
             with self.watch.stage("analysis"):
                 report = PassReport(str(pass_), pass_.promise.name, before=program_cost(self.program))
@@ -58,7 +72,8 @@ class Run:
             report.sites = self._rewrite(pass_)
             kept = [site.name for site in report.sites if site.outcome == "kept"]
             broken = self._verify(pass_, snapshot, report) if kept else None
-            if broken is not None:
+            found = self.verify == "keep" and any(site.reason for site in report.sites if site.outcome == "kept")
+            if broken is not None and not found:
                 self._roll_back(pass_, snapshot, report, kept, broken)
             if not any(site.outcome == "kept" for site in report.sites) and report.outcome == "kept":
                 report.outcome = "left"
@@ -77,7 +92,8 @@ class Run:
         if sites and not isinstance(pass_.promise, Exact):
             order = {node: index for index, node in enumerate(self.program.graph.nodes)}
             sites.sort(key=lambda site: order[site.node])
-            data = SiteData.of(self.program, self.original, self.data, sites, self.seed)
+            new = [site for site in sites if site.nodes[-1].name not in self.known]
+            data = SiteData.of(self.program, self.original, self.data, new, self.seed)
             if data.note is not None and data.note not in self.record.notes:
                 self.record.notes.append(data.note)
         splicer = Splicer(self.program)
@@ -122,9 +138,11 @@ class Run:
         report: SiteReport,
     ) -> None:
         """Rewrite, fit and check a site; splice it in if it keeps the pass's contract and the user's limits."""
-        if data is not None:
+        key = site.nodes[-1].name
+        known = self.known.get(key)
+        if data is not None and known is None:
             site = site.with_pairs(data.fit_pairs(site))
-        replacement = pass_.rewrite(site)
+        replacement = pass_.rewrite(site) if known is None else known[0]
         batch = samples(self.program)
         report.before = nodes_cost(self.program.module, site.nodes, batch)
         fragment = fragment_of(site, replacement)
@@ -134,25 +152,29 @@ class Run:
             report.reason = f"it would save {saving:.0%} of its MACs, below min_saving={pass_.min_saving:g}"
             return
         if data is not None:
-            replacement, report.error = data.fit(site, replacement)
-            if pass_.max_error is not None and report.error > pass_.max_error:
+            replacement, report.error = data.fit(site, replacement) if known is None else known
+            if pass_.max_error is not None and report.error is not None and report.error > pass_.max_error:
                 report.reason = f"its error {report.error:.3g} is above max_error={pass_.max_error:g}"
                 return
             fragment = fragment_of(site, replacement)
-        elif self.examples:
+        elif self.examples and known is None:
             with self.watch.stage("verification"):
-                self._check_exact(pass_, site, local)
+                report.reason = self._check_exact(pass_, site, local)
         following = site.nodes[-1].next
         stands_here = data is not None and data.walk.next in site.nodes
         made = splicer.replace(site, fragment)
+        self.made[key] = replacement, report.error
         if data is not None and stands_here:
             data.walk.resume_at(made[0] if made else following)
         report.outcome, report.change = "kept", describe_change(site, replacement)
 
     # verification
 
-    def _check_exact(self, pass_: Pass, site: Site, local: Sequence[Case]) -> None:
-        """Hold a site's replacement against the site in float64, both made from weights that were cast before."""
+    def _check_exact(self, pass_: Pass, site: Site, local: Sequence[Case]) -> str:
+        """Hold a site's replacement against the site in float64, both made from weights that were cast before.
+
+        Returns what broke, where it is kept all the same.
+        """
         double = site.double()
         with torch.no_grad():
             replacement = pass_.rewrite(double)
@@ -183,14 +205,18 @@ class Run:
                 check(case)
             except Broken:
                 found = search(check, cases(inputs.kinds(), case.samples), 20, self.seed) or (case, "")
-                raise self._contract_error(pass_, site.name, *found) from None
+                error = self._contract_error(pass_, site.name, *found)
+                if self.verify == "keep":
+                    return str(error)
+                raise error from None
+        return ""
 
     def _contract_error(self, pass_: Pass, site: str, case: Case, evidence: str) -> Exception:
         problem = (
             f"pass '{pass_.name}' breaks its contract ({pass_.promise.name.lower()}) there: {evidence}; "
             f"the smallest input found is {case}"
         )
-        if self.verify == "rollback":
+        if self.verify != "raise":
             return _RolledBack(problem)
         mend = f"leave the layer out with {pass_.name}(skip={site}), or pass --verify rollback"
         return ContractError(problem, place=f"layer '{site}'", mend=mend)
@@ -253,6 +279,7 @@ class Run:
         self, pass_: Pass, snapshot: Program, report: PassReport, kept: list[str], broken: tuple[Case, str]
     ) -> None:
         """Each site held by itself, and yet the network does not: find the site by bisection, then raise or undo."""
+        rewritten = self.program
         low, high, found = 0, len(kept), broken  # the first `low` sites are right together, the first `high` are not
         while high - low > 1:
             middle = (low + high) // 2
@@ -264,7 +291,11 @@ class Run:
         error = self._contract_error(pass_, kept[high - 1], *found)
         if isinstance(error, ContractError):
             raise error
-        report.outcome, report.reason, report.error = "rolled back", f"{error} (layer '{kept[high - 1]}')", None
+        report.reason = f"{error} (layer '{kept[high - 1]}')"
+        if self.verify == "keep":
+            self.program = rewritten
+            return
+        report.outcome, report.error = "rolled back", None
         for site in report.sites:
             if site.outcome == "kept":
                 site.outcome, site.reason, site.after = "rolled back", "the pass was rolled back", site.before

@@ -276,22 +276,26 @@ def rounding_reach(program: Program, inputs: Sequence[Tensor], exact: Sequence[T
     Every layer's output is perturbed by a tenth of the tolerance for one layer (about what other kernels for the same
     layer differ by), and the network run on in float64.
     """
-    wide = [as_double(tensor) for tensor in inputs]
-    with torch.no_grad():
-        interpreter = NoisyInterpreter(program.module, program.dtype, tolerance(program.dtype) / 10)
-        value = interpreter.run(*wide, enable_io_processing=False)
     return [
         relative_maximum(noisy, clean) if clean.is_floating_point() else 0.0
-        for noisy, clean in zip(flatten_tensors(value), exact, strict=True)
+        for noisy, clean in zip(run_noisy(program, inputs, tolerance(program.dtype) / 10), exact, strict=True)
     ]
 
 
 def run_double(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The outputs of a program computed in float64 from its own weights."""
+    return _run_wide(DoubleInterpreter(program.module, program.dtype), inputs)
+
+
+def run_noisy(program: Program, inputs: Sequence[Tensor], amplitude: float) -> tuple[Tensor, ...]:
+    """The same, each layer's output off by up to `amplitude` of its largest value, drawn from a seed."""
+    return _run_wide(NoisyInterpreter(program.module, program.dtype, amplitude), inputs)
+
+
+def _run_wide(interpreter: DoubleInterpreter, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     wide = [as_double(tensor) for tensor in inputs]
     with torch.no_grad():
-        value = DoubleInterpreter(program.module, program.dtype).run(*wide, enable_io_processing=False)
-    return flatten_tensors(value)
+        return flatten_tensors(interpreter.run(*wide, enable_io_processing=False))
 
 
 NOISE = 4.0

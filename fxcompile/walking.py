@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcompile.program import Program, dtype_of, fetch, shape_of
+from fxcompile.program import Program, dtype_of, fetch, flatten_tensors, output_node, shape_of
 
 MEMORY = 1_500_000_000
 """Bytes of activations that a walk may hold at once, over all batches."""
@@ -70,6 +70,24 @@ class Walk:
     def resume_at(self, node: fx.Node) -> None:
         """Go on with this node: what stood here has been replaced."""
         self.next = node
+
+    def fork(self, node: fx.Node, values: list[Any]) -> Walk:
+        """A walk of its own which goes on from the node computed last, with other values for it."""
+        fork = Walk(self.program, self.batches)
+        fork.values = {**self.values, node: values}
+        fork.done, fork.next, fork.inputs = set(self.done), self.next, self.inputs
+        return fork
+
+    def outputs(self) -> list[tuple[Tensor, ...]]:
+        """Walk to the end: the program's flat outputs, batch by batch."""
+        result = output_node(self.program.graph).args[0]
+        for node in output_node(self.program.graph).all_input_nodes:
+            self.values_of(node)
+
+        def of_batch(index: int) -> tuple[Tensor, ...]:
+            return flatten_tensors(fx.node.map_arg(result, lambda item: self.values[item][index]))
+
+        return list(map(of_batch, range(len(self.batches))))
 
     def _forget(self, node: fx.Node) -> None:
         if node not in self.wanted and all(user in self.done for user in node.users):

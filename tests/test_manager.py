@@ -128,6 +128,17 @@ def test_verify_off_keeps_whatever_the_pass_says(program: Program) -> None:
     assert torch.equal(result.program.module.conv2.weight, 2 * program.module.conv2.weight)
 
 
+def test_keep_goes_on_and_writes_down_what_broke(program: Program) -> None:
+    result = PassManager([Scale(), FoldBatchNorm()], verify="keep").run(program)
+    first, second = result.record.passes
+    assert (first.outcome, second.outcome) == ("kept", "kept")
+    kept = first.sites[1]
+    assert (kept.name, kept.outcome) == ("conv2", "kept")
+    assert kept.reason.startswith("pass 'scale' breaks its contract (exact) there: ")
+    wrong = PassManager([Scale(), FoldBatchNorm()], verify="off").run(program)
+    assert torch.equal(result.program.module.conv2.weight, wrong.program.module.conv2.weight)
+
+
 class OutOfContext(Pass):
     """Right for its site taken alone, wrong in the network: it moves a shared value's consumer."""
 
@@ -153,6 +164,10 @@ def test_what_only_the_whole_network_shows_is_found_and_rolled_back(program: Pro
     assert result.record.passes[0].outcome == "rolled back"
     x = torch.randn(2, 3, 10, 10)
     assert torch.equal(result.program(x), program(x))
+    kept = PassManager([OutOfContext()], verify="keep").run(program)
+    assert kept.record.passes[0].outcome == "kept"
+    assert kept.record.passes[0].reason.startswith("pass 'out-of-context' breaks its contract (exact) there: ")
+    assert not torch.allclose(kept.program(x), program(x), rtol=1e-2)
 
 
 class Wrong(Pass):

@@ -1,0 +1,133 @@
+"""What a program is measured by: inputs, what the original gives on them, and how far rounding alone puts that off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fxcompile.calibration import Calibration
+from fxcompile.distance import Distance
+from fxcompile.errors import CalibrationError
+from fxcompile.program import Program
+from fxcompile.sitedata import full_batches, synthetic_batch
+from fxcompile.verification import NOISE, run_double, run_noisy
+
+FLIPS = 1e-4
+"""Share of an integer output's elements that may differ before anything is called off: too close to call."""
+
+RANDOM_BATCHES = 4
+"""Batches drawn like the examples where there is nothing else to measure on."""
+
+Errors = dict[str, float]
+"""Relative error of each output, by its name."""
+
+Outputs = list[tuple[Tensor, ...]]
+"""The outputs of a program, batch by batch."""
+
+
+def worst(errors: Errors) -> float:
+    """The largest error of any output."""
+    return max(errors.values(), default=0.0)
+
+
+def off(errors: Errors, rounding: Errors) -> bool:
+    """Whether any output is further off than rounding explains."""
+    return any(not error <= rounding[name] for name, error in errors.items())
+
+
+@dataclass
+class Yardstick:
+    """The original's outputs on some inputs, and how far rounding alone puts them off.
+
+    Attributes:
+        batches: flat inputs.
+        what: these inputs in words.
+        outputs: what the original gives, batch by batch.
+        rounding: for each output, the error up to which nothing is off: `NOISE` times how far the original is from
+            its own float64 on the first batch, or from that with every layer a machine epsilon off.
+    """
+
+    program: Program
+    batches: Sequence[tuple[Tensor, ...]]
+    what: str
+    outputs: Outputs = field(init=False, repr=False)
+    rounding: Errors = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.outputs = self.run(self.program)
+        epsilon = torch.finfo(self.program.dtype).eps
+        exact = run_double(self.program, self.batches[0])
+        noisy = run_noisy(self.program, self.batches[0], epsilon)
+        self.rounding = {}
+        for name, own, wide, off_by in zip(self.program.output_names, self.outputs[0], exact, noisy, strict=True):
+            spread = max(_finite_error(own, wide), _finite_error(off_by, wide))
+            self.rounding[name] = max(NOISE * spread, epsilon if own.is_floating_point() else FLIPS)
+
+    def run(self, program: Program) -> Outputs:
+        """A program's outputs on all batches."""
+        return [program.outputs(*batch) for batch in self.batches]
+
+    def between(self, ours: Outputs, theirs: Outputs) -> Errors:
+        """The error of each output of one computation against another's."""
+        distances = [Distance() for _ in self.program.output_names]
+        for given, wanted in zip(ours, theirs, strict=True):
+            for distance, a, b in zip(distances, given, wanted, strict=True):
+                distance.add(a, b)
+        return {name: item.value for name, item in zip(self.program.output_names, distances, strict=True)}
+
+    def errors(self, program: Program) -> Errors:
+        """The error of each output of a program against the original's."""
+        return self.between(self.run(program), self.outputs)
+
+    def is_off(self, errors: Errors) -> bool:
+        """Whether any output is further off than rounding explains."""
+        return off(errors, self.rounding)
+
+    @property
+    def infinite(self) -> int:
+        """How many values of the original's outputs are not finite."""
+        return sum(int((~tensor.isfinite()).sum()) for outputs in self.outputs for tensor in outputs)
+
+
+def _finite_error(ours: Tensor, theirs: Tensor) -> float:
+    """The relative error of values that are finite in both."""
+    distance = Distance()
+    distance.add(ours, theirs)
+    return replace(distance, torn=False).value
+
+
+def held_out(data: Calibration, program: Program, samples: int, seed: int) -> Yardstick:
+    """The held-out part of calibration data, which nothing is fitted to."""
+    _, held = data.split(seed=seed)
+    batches = full_batches(held.limit(samples), program)
+    return Yardstick(program, batches, f"{_count(batches)} held-out calibration samples")
+
+
+def case_yard(case: Calibration, program: Program) -> Yardstick:
+    """Inputs that the user gives.
+
+    Raises:
+        CalibrationError: the network takes more samples at once.
+    """
+    try:
+        batches = full_batches(case, program)
+    except CalibrationError:
+        size = program.inputs[0].shape[0]
+        raise CalibrationError(
+            f"the case has {len(case)} samples and the network takes {size} at once", mend=f"give {size} of them"
+        ) from None
+    count = _count(batches)
+    return Yardstick(program, batches, f"the case of {count} sample{'s' if count != 1 else ''}")
+
+
+def random_yard(program: Program, seed: int) -> Yardstick:
+    """Inputs drawn like the examples."""
+    batches = [synthetic_batch(program, seed + index) for index in range(RANDOM_BATCHES)]
+    return Yardstick(program, batches, f"{RANDOM_BATCHES} random batches (no calibration data)")
+
+
+def _count(batches: Sequence[tuple[torch.Tensor, ...]]) -> int:
+    return sum(batch[0].shape[0] if batch[0].dim() else 1 for batch in batches)
