@@ -37,6 +37,9 @@ IN_PLACE_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.ixor: operator.xor,
 }
 
+WRITING = {function for function in IN_PLACE_OPERATORS if hasattr(Tensor, f"__{function.__name__}__")}
+"""Those that work in place on tensors: `x @= y` makes another one."""
+
 _ONLY_MARKS = {"detach_", "requires_grad_", "share_memory_", "retain_grad_"}
 """Methods named like in-place ones that write nothing."""
 
@@ -87,7 +90,8 @@ class Observer(fx.Interpreter):
         self.own: dict[int, str] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if isinstance(n.kwargs.get("out"), (tuple, list)):
+        outputs = outputs_given(n)
+        if len(outputs) > 1 or isinstance(n.kwargs.get("out"), (tuple, list)):
             raise Unfollowable(n, "it writes to several tensors with out=")
         written = written_argument(n, self.submodules)
         before = self.env.get(written) if written is not None else None
@@ -150,9 +154,10 @@ def make_functional(module: fx.GraphModule, examples: Sequence[Tensor]) -> Any:
         for user in [user for user in name.users if observer.order[user] > observer.order[writer]]:
             user.replace_input_with(name, writer)
         newest[written] = writer
-    for node in observer.writers:
+    for node in module.graph.nodes:
         if node.op == "call_function" and node.target in IN_PLACE_OPERATORS:
             node.target = IN_PLACE_OPERATORS[node.target]
+    for node in observer.writers:
         if isinstance(node.kwargs.get("out"), fx.Node):
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
     return output
@@ -177,6 +182,12 @@ def geometry(tensor: Tensor) -> tuple[object, ...]:
     return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
 
 
+def outputs_given(node: fx.Node) -> list[str]:
+    """The arguments under which an `aten` operator is given tensors to write its results to."""
+    schema = getattr(node.target, "_schema", None)
+    return [item.name for item in schema.arguments if item.is_out] if schema is not None else []
+
+
 def written_argument(node: fx.Node, submodules: dict[str, nn.Module]) -> fx.Node | None:
     """The node whose tensor this node overwrites, or None for an operation that works out of place."""
     if isinstance(node.kwargs.get("out"), fx.Node):
@@ -191,7 +202,7 @@ def written_argument(node: fx.Node, submodules: dict[str, nn.Module]) -> fx.Node
     if node.op == "call_function":
         if isinstance(node.target, torch._ops.OpOverload):
             return first if node.target._schema.is_mutable else None
-        if node.target in IN_PLACE_OPERATORS or is_told_in_place(node):
+        if node.target in WRITING or is_told_in_place(node):
             return first
     return first if is_in_place_name(written_name(node)) else None
 

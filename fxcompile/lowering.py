@@ -123,6 +123,7 @@ class Canonicaliser:
         layers: the new module tree.
         new: for each raw node what stands for it: a new node, a number, or a tuple of such.
         constants: tensors and numbers of raw nodes that depend on no input.
+        tensors: for each new `get_attr` node its tensor, and the name that the model has for it, if it has one.
     """
 
     def __init__(self, raw: fx.GraphModule, root: nn.Module) -> None:
@@ -132,7 +133,7 @@ class Canonicaliser:
         self.layers = nn.Module()
         self.new: dict[fx.Node, Any] = {}
         self.constants: dict[fx.Node, Any] = {}
-        self.tensors: dict[str, Tensor] = {}
+        self.tensors: dict[fx.Node, tuple[str | None, Tensor]] = {}
         self._computed: dict[int, tuple[Tensor, nn.Parameter]] = {}
         self._attributes: dict[int, fx.Node] = {}
         self._layer_names: dict[object, str] = {}
@@ -149,9 +150,9 @@ class Canonicaliser:
         drop_dead_code(self.graph)
         for node in self.graph.nodes:
             if node.op == "get_attr":
-                tensor = self.tensors[str(node.target)]
-                node.target = self.free_name(str(node.target)) if str(node.target) not in self._taken else node.target
-                place(self.layers, str(node.target), tensor)
+                name, tensor = self.tensors[node]
+                node.target = name if name in self._taken else self.free_name(name or "constant")
+                place(self.layers, node.target, tensor)
         return self.graph, self.layers
 
     # one raw node
@@ -194,11 +195,9 @@ class Canonicaliser:
     def _attribute(self, node: fx.Node, tensor: Tensor) -> fx.Node:
         self.constants[node] = tensor
         if id(tensor) not in self._attributes:
-            name = str(node.target)
-            if is_traced_constant(name):
-                name = self.free_name("constant")
-            self.tensors[name] = tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
-            self._attributes[id(tensor)] = self.annotate(self.graph.get_attr(name), node)
+            name = None if is_traced_constant(str(node.target)) else str(node.target)
+            new = self._attributes[id(tensor)] = self.annotate(self.graph.get_attr(name or "constant"), node)
+            self.tensors[new] = name, tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
         return self._attributes[id(tensor)]
 
     def _lower_module(self, node: fx.Node) -> Any:

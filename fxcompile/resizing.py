@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxcompile.layers import converted, on_meta
-from fxcompile.program import dtype_of, fetch, shape_of
+from fxcompile.program import ORIGIN, dtype_of, fetch, shape_of
 
 SIZED: dict[Any, int] = {
     torch.Tensor.expand: 1,
@@ -177,6 +177,7 @@ class BatchFreer:
             last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
             with self.graph.inserting_after(last):
                 self._batch_node = self.graph.call_function(torch.Tensor.size, (self.batch, 0))
+                self._batch_node.meta[ORIGIN] = self.batch.meta.get(ORIGIN, ())
             self.base[self._batch_node] = self.size
             self.values[self._batch_node] = 2 * self.size + 1
         return self._batch_node

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxcompile.functional import WRITING
 from fxcompile.layers import CONVOLUTIONS, computes_weights, plain_kind
 from fxcompile.lowering import MODULE_RULES, PLACE, is_traced_constant
 from fxcompile.refusals import current_line
@@ -115,6 +116,10 @@ class Tracer(fx.Tracer):
             return self.create_node("get_attr", self.parameter_names[id(a)], (), {})
         return super().create_arg(a)
 
+    def proxy(self, node: fx.Node) -> Written:
+        """What stands for a node's value in forward."""
+        return Written(node, self)
+
     def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **options: Any
     ) -> Any:
@@ -127,6 +132,21 @@ class Tracer(fx.Tracer):
         if line is not None:
             proxy.node.meta[PLACE] = line
         return proxy
+
+
+class Written(fx.Proxy):
+    """A proxy on which `y += 1` writes to what other names of `y` see, too, as it does on tensors."""
+
+
+def _augmented(function: Callable[..., Any]) -> Callable[..., Any]:
+    def write(self: Written, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return write
+
+
+for _function in WRITING:
+    setattr(Written, f"__{_function.__name__}__", _augmented(_function))
 
 
 def pads_by_itself(module: nn.Module) -> bool:
