@@ -73,16 +73,19 @@ def windows(layer: nn.Module, x: Tensor) -> tuple[Tensor, int]:
 
 
 def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    sides: list[int] = []  # last axis first, as functional.pad has it
-    for axis in reversed(range(len(layer.kernel_size))):
-        if isinstance(layer.padding, str):
-            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1) if layer.padding == "same" else 0
-            sides += [total // 2, total - total // 2]
-        else:
-            sides += [layer.padding[axis]] * 2
+    sides = [amount for pair in reversed(padding_amounts(layer)) for amount in pair]  # functional.pad: last axis first
     if not any(sides):
         return x
     return functional.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+
+
+def padding_amounts(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:
+    """Pixels that a convolution adds before and after its input, for each axis."""
+    if not isinstance(layer.padding, str):
+        return [(amount, amount) for amount in layer.padding]
+    same = layer.padding == "same"
+    totals = [gap * (size - 1) if same else 0 for gap, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return [(total // 2, total - total // 2) for total in totals]
 
 
 def _stuffed(layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, x: Tensor) -> Tensor:

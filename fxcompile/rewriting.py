@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Contract
-from fxcompile.fitting import LayerStats
+from fxcompile.fitting import LayerStats, collect, row_count
 from fxcompile.layers import as_double, converted
 from fxcompile.program import Program, shape_of
 
@@ -36,6 +36,7 @@ class Site:
     layers: tuple[nn.Module, ...]
     name: str
     pairs: Pairs = field(default=(), repr=False)
+    _collected: list[LayerStats] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(cls, program: Program, *nodes: fx.Node, name: str | None = None) -> Site:
@@ -74,14 +75,21 @@ class Site:
 
     def with_pairs(self, pairs: Pairs) -> Site:
         """The same site with calibration batches to fit to."""
-        return replace(self, pairs=pairs)
+        return replace(self, pairs=pairs, _collected=[])
 
     def statistics(self) -> LayerStats:
-        """The layer's statistics over the calibration batches: Gram matrix of its inputs, wanted outputs."""
-        stats = LayerStats.of(self.layer)
-        for x, y in self.pairs:
-            stats.update(x, y)
-        return stats
+        """The layer's statistics over the calibration batches, or as many rows of them as a fit needs: Gram matrix of
+        its inputs, wanted outputs. Collected when first asked for.
+        """
+        if not self._collected:
+            rows = sum(row_count(self.layer, y) for _, y in self.pairs)
+            self._collected.append(collect(self.layer, self.pairs, rows))
+        return self._collected[0]
+
+    @property
+    def collected(self) -> LayerStats | None:
+        """The statistics, if they were asked for before."""
+        return self._collected[0] if self._collected else None
 
 
 @dataclass(frozen=True)

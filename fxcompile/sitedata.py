@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompile.calibration import Calibration
+from fxcompile.chains import statistics_behind
 from fxcompile.cost import samples
 from fxcompile.errors import CalibrationError
-from fxcompile.fitting import refit
+from fxcompile.fitting import LayerStats, collect, refitted, row_count
 from fxcompile.layers import CONVOLUTIONS
 from fxcompile.program import FEATURE, Program
 from fxcompile.rewriting import Pairs, Replacement, Site
@@ -19,18 +20,32 @@ from fxcompile.splice import region_inputs, run_region, run_replacement
 from fxcompile.verification import random_like
 from fxcompile.walking import MEMORY, Walk, live_bytes
 
+Batches = list[tuple[Tensor, Tensor]]
+"""What goes in and what is to come out, a batch each."""
+
 
 @dataclass
 class SiteData:
-    """Calibration data for one pass, walked through the program and the original side by side."""
+    """Calibration data for one pass, walked through the program and the original side by side.
+
+    Attributes:
+        walk: through the program as it is rewritten.
+        reference: through the original.
+        features: the original's nodes by the name under which the program's nodes know them.
+        again: for a site whose layer is called again, the original's nodes of those calls.
+        fit_batches: so many batches are to fit to, the others to measure on.
+        fits: whether there is calibration data.
+        note: what the user should know about it.
+    """
 
     walk: Walk
     reference: Walk
     features: dict[str, fx.Node]
+    again: dict[str, list[fx.Node]]
     fit_batches: int
     fits: bool
     note: str | None = None
-    _last: tuple[str, list[tuple[Tensor, Tensor]]] = ("", [])
+    _last: tuple[str, list[Batches]] = ("", [])
 
     @classmethod
     def of(
@@ -53,12 +68,18 @@ class SiteData:
             first = full_batches(fit, program)
             batches, count = [*first, *full_batches(held, program)], len(first)
         features = {node.meta[FEATURE]: node for node in original.graph.nodes}
+        calls = program.calls()
+        again = {site.name: later_calls(site, calls, features) for site in sites}
         wanted = [features[name] for site in sites if (name := site.nodes[-1].meta.get(FEATURE)) in features]
+        wanted += [item for nodes in again.values() for node in nodes for item in (node, node.all_input_nodes[0])]
         walks = Walk(program, batches), Walk(original, batches, wanted)
-        return cls(*walks, features, count, data is not None, note)
+        return cls(*walks, features, again, count, data is not None, note)
 
-    def _pairs(self, site: Site) -> list[tuple[Tensor, Tensor]]:
-        """All batches at a site: its inputs as they are now, its outputs as the original had them."""
+    def _calls(self, site: Site) -> list[Batches]:
+        """All batches at each call of a site: its inputs as they are now, its outputs as the original had them.
+
+        The inputs of later calls, which may depend on the site itself, are those that the original had, too.
+        """
         if self._last[0] != site.name:
             xs = list(self.walk.values_of(region_inputs(site.nodes)[0]))
             feature = self.features.get(site.nodes[-1].meta.get(FEATURE, ""))
@@ -67,17 +88,20 @@ class SiteData:
             else:
                 with torch.no_grad():
                     ys = [run_region(site, (x,)) for x in xs]
-            self._last = (site.name, list(zip(xs, ys, strict=True)))
+            found = [list(zip(xs, ys, strict=True))]
+            for node in self.again[site.name]:
+                xs, ys = self.reference.take(node.all_input_nodes[0]), self.reference.take(node)
+                found.append(list(zip(xs, ys, strict=True)))
+            self._last = (site.name, found)
         return self._last[1]
 
     def fit_pairs(self, site: Site) -> Pairs:
         """The batches to fit to; none where there is no calibration data."""
-        pairs = self._pairs(site)
-        return tuple(pairs[: self.fit_batches]) if self.fits else ()
+        return tuple(pair for call in self._calls(site) for pair in call[: self.fit_batches]) if self.fits else ()
 
-    def held_pairs(self, site: Site) -> list[tuple[Tensor, Tensor]]:
+    def held_pairs(self, site: Site) -> Batches:
         """The batches to measure on."""
-        return self._pairs(site)[self.fit_batches :]
+        return [pair for call in self._calls(site) for pair in call[self.fit_batches :]]
 
     def error(self, site: Site, replacement: Replacement) -> float:
         """Relative L2 error of a replacement against the original's features, on held-out data."""
@@ -91,17 +115,35 @@ class SiteData:
 
     def fit(self, site: Site, replacement: Replacement) -> tuple[Replacement, float]:
         """Re-solve the last linear layer by least squares; keep whichever is nearer on held-out data."""
-        with torch.no_grad():
-            error = self.error(site, replacement)
+        error = self.error(site, replacement)
         modules = [replacement] if isinstance(replacement, nn.Module) else list(replacement)
         if not self.fits or not modules or not isinstance(modules[-1], (*CONVOLUTIONS, nn.Linear)):
             return replacement, error
-        *first, last = modules
-        with torch.no_grad():
-            pairs = ((run_replacement(first, (x,)), y) for x, y in self.fit_pairs(site))
-            solved = [*first, refit(last, pairs)]
-            solved_error = self.error(site, solved)
+        solved = [*modules[:-1], refitted(modules[-1], self.statistics(site, modules))]
+        solved_error = self.error(site, solved)
         return (solved, solved_error) if solved_error < error else (replacement, error)
+
+    def statistics(self, site: Site, modules: Sequence[nn.Module]) -> LayerStats:
+        """What the last of these layers, in the site's place, sees and is to give: from the site's own statistics if
+        they were collected and say it, else from the data.
+        """
+        *first, last = modules
+        if site.collected is not None and len(site.nodes) == 1:
+            known = statistics_behind(site.collected, site.layer, modules)
+            if known is not None:
+                return known
+        pairs = self.fit_pairs(site)
+        with torch.no_grad():
+            seen = ((run_replacement(first, (x,)), y) for x, y in pairs)
+            return collect(last, seen, sum(row_count(last, y) for _, y in pairs))
+
+
+def later_calls(site: Site, calls: dict[int, list[fx.Node]], features: dict[str, fx.Node]) -> list[fx.Node]:
+    """The original's nodes that call a site's layer a second time and more often: those calls are rewritten with it."""
+    if len(site.nodes) > 1 or not any(True for layer in site.layers for _ in layer.parameters()):
+        return []
+    nodes = (node for node in calls[id(site.layer)] if node is not site.node)
+    return [features[name] for node in nodes if (name := node.meta.get(FEATURE)) in features]
 
 
 def full_batches(data: Calibration, program: Program) -> list[tuple[Tensor, ...]]:

@@ -8,6 +8,7 @@ forgets them when nothing needs them any more. Two forward passes in all, howeve
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,13 +27,13 @@ class Walk:
     Args:
         program: may be edited while the walk goes on, at and after the node where it stands.
         batches: flat inputs, a tuple of tensors each.
-        wanted: nodes whose values will be asked for; they are kept until `take`.
+        wanted: nodes whose values will be taken, each as often as it stands here; they are kept until then.
     """
 
     def __init__(self, program: Program, batches: Sequence[tuple[Tensor, ...]], wanted: Iterable[fx.Node] = ()) -> None:
         self.program = program
         self.batches = batches
-        self.wanted = set(wanted)
+        self.wanted = Counter(wanted)
         self.values: dict[fx.Node, list[Any]] = {}
         self.done: set[fx.Node] = set()
         self.next: fx.Node | None = next(iter(program.graph.nodes), None)
@@ -49,13 +50,9 @@ class Walk:
     def take(self, node: fx.Node) -> list[Tensor]:
         """The same, and forget them if nothing else needs them."""
         values = self.values_of(node)
-        self.wanted.discard(node)
+        self.wanted[node] -= 1
         self._forget(node)
         return values
-
-    def want(self, node: fx.Node) -> None:
-        """Keep a node's values until they are taken."""
-        self.wanted.add(node)
 
     def _step(self, node: fx.Node) -> None:
         with torch.no_grad():
@@ -90,7 +87,7 @@ class Walk:
         return list(map(of_batch, range(len(self.batches))))
 
     def _forget(self, node: fx.Node) -> None:
-        if node not in self.wanted and all(user in self.done for user in node.users):
+        if self.wanted[node] <= 0 and all(user in self.done for user in node.users):
             self.values.pop(node, None)
 
     def _compute(self, node: fx.Node, index: int) -> Any:

@@ -50,47 +50,62 @@ def _freedom(channels: Sequence[int], kernels: Sequence[Sequence[int]]) -> int:
 
 def widths_for(
     weight_shape: Sequence[int],
-    stride: Sequence[int],
-    in_size: Sequence[int],
+    padded_size: Sequence[int],
     out_size: Sequence[int],
     rank: float,
     groups: int = 1,
     dilation: Sequence[int] | int = 1,
+    round_to: int = 1,
 ) -> list[int]:
     """Channels between the stages: `rank` channels if an int, else those that cost that share of the dense layer.
 
-    Equal widths, a multiple of `groups`, at least one a group. Counted are multiply-accumulates with the larger map
-    that the early stages work on: the first takes all the padding, and the stride is the last one's.
+    Equal widths, a multiple of `groups`, at least one a group. Where that leaves any, a multiple of `round_to` too.
+    Always rounded down, so that a share is not exceeded. Costs are those that `stack_macs` counts.
     """
     kernels = stage_kernels(weight_shape[2:])
     if isinstance(rank, int):
-        return [max(1, rank // groups) * groups] * (len(kernels) - 1)
-    outputs, inputs = weight_shape[0] // groups, weight_shape[1]
-    maps = stage_maps(weight_shape[2:], stride, in_size, out_size, dilation)
-    sizes = [math.prod(m) * math.prod(k) for m, k in zip(maps, kernels, strict=True)]
-    budget = rank * math.prod(out_size) * math.prod(weight_shape) / groups
-    square, linear = sum(sizes[1:-1]), sizes[0] * inputs + sizes[-1] * outputs
-    width = (math.sqrt(linear**2 + 4 * square * budget) - linear) / (2 * square) if square else budget / linear
-    return [max(1, math.floor(width + 1e-9)) * groups] * (len(kernels) - 1)
+        width = max(1, rank // groups) * groups
+    else:
+        outputs, inputs = weight_shape[0] // groups, weight_shape[1]
+        maps = stage_maps(weight_shape[2:], padded_size, out_size, dilation)
+        sizes = [math.prod(m) * math.prod(k) for m, k in zip(maps, kernels, strict=True)]
+        budget = rank * math.prod(out_size) * math.prod(weight_shape) / groups
+        square, linear = sum(sizes[1:-1]), sizes[0] * inputs + sizes[-1] * outputs
+        exact = (math.sqrt(linear**2 + 4 * square * budget) - linear) / (2 * square) if square else budget / linear
+        width = max(1, math.floor(exact + 1e-9)) * groups
+    unit = math.lcm(groups, round_to)
+    return [width // unit * unit or width] * (len(kernels) - 1)
+
+
+def stack_macs(
+    weight_shape: Sequence[int],
+    widths: Sequence[int],
+    padded_size: Sequence[int],
+    out_size: Sequence[int],
+    groups: int = 1,
+    dilation: Sequence[int] | int = 1,
+) -> int:
+    """Multiply-accumulates for one sample of a stack that replaces a weight [O, C/g, *k].
+
+    With the larger maps that the early stages work on: the first takes all the padding, and the stride is the last
+    one's.
+    """
+    kernel = weight_shape[2:]
+    maps, kernels = stage_maps(kernel, padded_size, out_size, dilation), stage_kernels(kernel)
+    channels = [weight_shape[1] * groups, *widths, weight_shape[0]]
+    parts = zip(maps, kernels, channels, channels[1:], strict=False)
+    return sum(math.prod(m) * math.prod(k) * o * (i // groups) for m, k, i, o in parts)
 
 
 def stage_maps(
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    in_size: Sequence[int],
-    out_size: Sequence[int],
-    dilation: Sequence[int] | int = 1,
+    kernel: Sequence[int], padded_size: Sequence[int], out_size: Sequence[int], dilation: Sequence[int] | int = 1
 ) -> list[tuple[int, ...]]:
-    """Spatial size of what each stage puts out, when the first takes all the padding and the last the stride."""
+    """Spatial size of what each stage puts out, from that of the input with its padding and that of the output."""
     steps = [dilation] * len(kernel) if isinstance(dilation, int) else dilation
-    size: list[int] = []  # the padded input; symmetric padding leaves its parity
-    for k, s, d, i, o in zip(kernel, stride, steps, in_size, out_size, strict=True):
-        least = (o - 1) * s + d * (k - 1) + 1
-        size.append(max(n for n in range(least, least + s) if s == 1 or (n - i) % 2 == 0))
-    maps: list[tuple[int, ...]] = []
+    size, maps = tuple(padded_size), []
     for stage in stage_kernels(kernel)[:-1]:
-        size = [n - d * (k - 1) for n, d, k in zip(size, steps, stage, strict=True)]
-        maps.append(tuple(size))
+        size = tuple(n - d * (k - 1) for n, d, k in zip(size, steps, stage, strict=True))
+        maps.append(size)
     return [*maps, tuple(out_size)]
 
 

@@ -19,7 +19,7 @@ from ._stack_algebra import cut, split, squares, stage_kernels
 
 AMPLIFICATION_LIMIT = 4.0
 """How far a stack may multiply independent relative errors of its weights; above it the fit is regularised more."""
-_FLOPS, _SWEEPS, _STARTS, _DIRECT = 1e12, (8, 200), 512, 200
+_FLOPS, _SWEEPS, _STARTS, _DIRECT = 3e11, (8, 200), 512, 200
 _START_RIDGE, _MOST_RIDGE, _PROXIMAL, _CONVERGED = 1e-3, 1e-2, 1e-10, 1e-4
 
 

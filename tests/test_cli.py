@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -128,6 +129,15 @@ def test_passes_lists_and_describes(capsys: pytest.CaptureFixture[str]) -> None:
     described = capsys.readouterr().out
     for word in ("rank=0.5", "approximate", "Simonyan", "stack_kernels.py"):
         assert word in described
+
+
+def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    call("passes")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    call("passes")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_help_does_not_import_torch() -> None:

@@ -16,7 +16,16 @@ from torch.nn import functional
 
 from fxcompile import layer_stats
 from fxcompile.errors import FitError, UsageError
-from fxcompile.fitting import LayerStats, reduced_rank, refit, solve, with_parameters
+from fxcompile.fitting import (
+    LayerStats,
+    collect,
+    reduced_rank,
+    refit,
+    refitted,
+    row_count,
+    solve,
+    with_parameters,
+)
 from fxcompile.patches import matrix_weight, output_rows, patches, weight_matrix
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -593,6 +602,23 @@ def test_equal_data_gives_equal_bits() -> None:
     one, two = (refit(layer, zip(x.split(2), y.split(2), strict=True)) for _ in range(2))
     assert torch.equal(one.weight, two.weight)
     assert torch.equal(one.bias, two.bias)
+
+
+def test_no_more_rows_are_read_than_a_fit_needs() -> None:
+    """10 for each of 36 features and 8,192 more, a like share from each batch, of 20,000; all where there are fewer."""
+    layer = nn.Conv2d(4, 3, 3, padding=1).double()
+    x = noise(50, 4, 20, 20)
+    y = layer(x).detach() + noise(50, 3, 20, 20, seed=1)
+    pairs = [(x[:10], y[:10]), (x[10:], y[10:])]
+    rows = sum(row_count(layer, wanted) for _, wanted in pairs)
+    assert rows == 20_000
+    some, again, everything = collect(layer, pairs, rows), collect(layer, pairs, rows), collect(layer, pairs)
+    assert some.rows == math.ceil(8552 / 5) + math.ceil(8552 * 4 / 5)
+    assert everything.rows == collect(layer, pairs[:1], 4000).rows * 5 == rows
+    assert torch.equal(some.centred().gram, again.centred().gram)
+    assert close(some.raw().gram / some.rows, everything.raw().gram / rows, 0.1)
+    best, near = (refitted(layer, stats) for stats in (everything, some))
+    assert everything.relative_error(near.weight, near.bias) < 1.01 * everything.relative_error(best.weight, best.bias)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 
@@ -19,6 +18,7 @@ from fxcompile.passes._stacking import (
     refine,
     relu_shift,
     stack,
+    stack_macs,
     stage_kernels,
     stage_maps,
     widths_for,
@@ -246,7 +246,7 @@ def test_widths_spend_the_share_of_the_macs_that_was_asked_for(
     inputs, outputs = channels
     weight = torch.zeros(outputs * groups, inputs, *kernel)
     padding = [dilation * (k - 1) // 2 if same else 0 for k in kernel]
-    strides, dilations = [stride] * len(kernel), [dilation] * len(kernel)
+    dilations = [dilation] * len(kernel)
 
     def run(stages: Sequence[Tensor]) -> tuple[int, list[tuple[int, ...]]]:
         x, macs, maps = torch.zeros(1, inputs * groups, *[size] * len(kernel)), 0, []
@@ -263,25 +263,26 @@ def test_widths_spend_the_share_of_the_macs_that_was_asked_for(
         return [torch.zeros(groups * o, i, *k) for k, i, o in pairs]
 
     dense, (out_size,) = run([weight])
-    sizes = ([size] * len(kernel), out_size)
-    widths = widths_for(weight.shape, strides, *sizes, rank, groups, dilations)
+    sizes = ([size + 2 * p for p in padding], out_size)
+    widths = widths_for(weight.shape, *sizes, rank, groups, dilations)
     assert len(set(widths)) == 1
     assert widths[0] % groups == 0
-    assert stage_maps(kernel, strides, *sizes, dilations) == run(of_width(widths[0]))[1]
+    assert stack_macs(weight.shape, widths, *sizes, groups, dilations) == run(of_width(widths[0]))[0]
+    assert stage_maps(kernel, *sizes, dilations) == run(of_width(widths[0]))[1]
     assert widths[0] == groups or run(of_width(widths[0]))[0] <= rank * dense * (1 + 1e-9)
     assert run(of_width(widths[0] + groups))[0] > rank * dense * (1 - 1e-9)
 
 
 def test_widths_given_as_channels() -> None:
-    assert widths_for((64, 32, 5, 5), (1, 1), (16, 16), (16, 16), 48) == [48]
-    assert widths_for((64, 8, 7, 7), (1, 1), (16, 16), (16, 16), 50, groups=4) == [48, 48]
-    assert widths_for((64, 1, 5, 5), (1, 1), (16, 16), (16, 16), 1, groups=64) == [64]
+    assert widths_for((64, 32, 5, 5), (20, 20), (16, 16), 48) == [48]
+    assert widths_for((64, 8, 7, 7), (22, 22), (16, 16), 50, groups=4) == [48, 48]
+    assert widths_for((64, 1, 5, 5), (20, 20), (16, 16), 1, groups=64) == [64]
 
 
 def test_widths_agree_with_the_measured_layers() -> None:
     """methods.md, section 1: conv2 32 -> 64 at 16 x 16, M = 32 costs .59 of the layer with its border."""
-    assert widths_for((64, 32, 5, 5), (1, 1), (16, 16), (16, 16), 0.59) == [32]
-    assert widths_for((128, 64, 5, 5), (1, 1), (8, 8), (8, 8), 0.645) == [64]
+    assert widths_for((64, 32, 5, 5), (20, 20), (16, 16), 0.59) == [32]
+    assert widths_for((128, 64, 5, 5), (12, 12), (8, 8), 0.645) == [64]
 
 
 # ---- ReLU between ----------------------------------------------------------------------------------------------------
@@ -380,16 +381,20 @@ def test_the_fit_is_a_stationary_point() -> None:
     assert gradient_of(weight, random_stages([(3, 3)] * 2, [3, 3, 4])) > 0.1
 
 
-def brute_force(weight: Tensor, width: int, seed: int) -> float:
-    """The error that L-BFGS on all stages reaches from a random start."""
+def brute_force(weight: Tensor, width: int, seed: int, gram: Tensor | None = None) -> float:
+    """The error that L-BFGS on all stages reaches from a random start; of the outputs, if their data are given."""
     free = [x.requires_grad_() for x in random_stages([(3, 3)] * 2, [weight.shape[1], width, len(weight)], seed=seed)]
     search = torch.optim.LBFGS(free, max_iter=300, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         search.zero_grad()
-        loss = (weight - naive_compose(free)).square().sum() / weight.square().sum()
+        error = (weight - naive_compose(free)).flatten(1)
+        loss = size(error) / size(weight.flatten(1))
         loss.backward()
         return loss
+
+    def size(rows: Tensor) -> Tensor:
+        return rows.square().sum() if gram is None else ((rows @ gram) * rows).sum()
 
     search.step(closure)
     return math.sqrt(closure().item())
@@ -432,10 +437,9 @@ def test_cancelling_factors_are_held_back() -> None:
     assert error_of(weight, held) < 1.5 * error_of(weight, free)
 
 
-def test_depthwise_layers_are_quick_and_as_good_as_one_by_one() -> None:
-    weight, started = randn(960, 1, 5, 5), time.perf_counter()
+def test_depthwise_layers_are_as_good_together_as_one_by_one() -> None:
+    weight = randn(960, 1, 5, 5)
     stages = stack(weight, [960], 960)
-    assert time.perf_counter() - started < 10  # about 0.7 s
     errors = (weight - compose(stages, 960)).flatten(1).norm(dim=1) / weight.flatten(1).norm(dim=1)
     assert 0.25 < float(errors.mean()) < 0.36
     alone = [error_of(weight[at : at + 1], stack(weight[at : at + 1], [1])) for at in range(20)]
