@@ -87,7 +87,7 @@ def bisect(
     file = None
     if emit:
         progress("writing", 0, 1)
-        file = file_errors(manager.result(run, program), yard, work.outputs[-1], verify != "off")
+        file = file_errors(manager.result(run, program), yard, work.outputs, verify != "off")
     notes = list(run.record.notes)
     if yard.infinite:
         notes.append(f"{yard.infinite} values of the original's own outputs are not finite on {yard.what}")
@@ -116,18 +116,18 @@ class _Bisection:
     held: Yardstick | None
     progress: Progress
     steps: list[PassError] = field(default_factory=list)
-    outputs: list[Outputs] = field(default_factory=list)
+    outputs: Outputs = field(init=False)
     guilty: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.outputs.append(self.yard.outputs)
+        self.outputs = self.yard.outputs
 
     def run_next(self) -> None:
         """Run the next pass and measure."""
         report, program = self.snapshots.apply_next()
         with self.snapshots.run.watch.stage("analysis"):
             outputs = self.yard.run(program)
-            changes = self.yard.between(outputs, self.outputs[-1])
+            changes = self.yard.between(outputs, self.outputs)
             if self.yard.is_off(changes):
                 self.guilty.append(len(self.steps))
             step = PassError(
@@ -142,12 +142,12 @@ class _Bisection:
                 broken=broken_contracts(report),
             )
         self.steps.append(step)
-        self.outputs.append(outputs)
+        self.outputs = outputs
 
     @property
     def errors(self) -> Errors:
         """Of the compiled program's outputs."""
-        return self.yard.between(self.outputs[-1], self.yard.outputs)
+        return self.yard.between(self.outputs, self.yard.outputs)
 
     def error_of(self, run: Run | None) -> float | None:
         """The worst output's error."""

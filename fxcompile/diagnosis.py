@@ -138,8 +138,8 @@ class Diagnosis:
             said.append(f"compiling would not write the ONNX file: {self.file.refused}")
         if not self.is_off and not self.file_is_off:
             said.append(
-                f"on {self.measured_on} nothing is off: the error {number(worst(self.errors))} is rounding, which "
-                f"accounts for {number(worst(self.rounding))}"
+                f"on {self.measured_on} nothing is off: the error {number(worst(self.errors))} is no more than the "
+                f"{number(worst(self.rounding))} that rounding accounts for"
             )
         return said
 

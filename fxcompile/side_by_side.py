@@ -263,16 +263,22 @@ def _mended(
 
 
 class _Ends:
-    """The outputs of a changed program, against the original's; batches that are not added had no difference."""
+    """How far the outputs of a changed program are from the original's; a batch that is not added had no difference."""
 
     def __init__(self, yard: Yardstick) -> None:
         self.yard = yard
-        self.given: dict[int, tuple[Tensor, ...]] = {}
+        self.added: set[int] = set()
+        self.distances = [Distance() for _ in yard.program.output_names]
 
     def add(self, index: int, outputs: tuple[Tensor, ...]) -> None:
-        self.given[index] = outputs
+        self.added.add(index)
+        for distance, given, wanted in zip(self.distances, outputs, self.yard.outputs[index], strict=True):
+            distance.add(given, wanted)
 
     @property
     def value(self) -> float:
-        outputs = [self.given.get(index, own) for index, own in enumerate(self.yard.outputs)]
-        return max(self.yard.between(outputs, self.yard.outputs).values(), default=0.0)
+        """The worst output's error."""
+        for index in range(len(self.yard.outputs)):
+            if index not in self.added:
+                self.add(index, self.yard.outputs[index])
+        return max((distance.value for distance in self.distances), default=0.0)

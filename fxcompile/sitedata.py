@@ -146,14 +146,14 @@ def later_calls(site: Site, calls: dict[int, list[fx.Node]], features: dict[str,
     return [features[name] for node in nodes if (name := node.meta.get(FEATURE)) in features]
 
 
-def full_batches(data: Calibration, program: Program) -> list[tuple[Tensor, ...]]:
-    """Calibration data in batches that the program takes: of 32 samples, or of the only size it knows.
+def full_batches(data: Calibration, program: Program, size: int = 32) -> list[tuple[Tensor, ...]]:
+    """Calibration data in batches that the program takes: of at most `size` samples, or of the only size it knows.
 
     Raises:
         CalibrationError: the batch is fixed and there are fewer samples.
     """
     if program.batch_is_free:
-        return list(data.batches(32))
+        return list(data.batches(size))
     shape = program.inputs[0].shape
     size = shape[0] if shape else 1
     whole = [batch for batch in data.batches(size) if not shape or batch[0].shape[0] == size]

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from fxcompile.calibration import Calibration
+from fxcompile.cost import samples as count_samples
 from fxcompile.distance import Distance
 from fxcompile.errors import CalibrationError
-from fxcompile.program import Program
+from fxcompile.program import Program, output_node
 from fxcompile.sitedata import full_batches, synthetic_batch
 from fxcompile.verification import NOISE, run_double, run_noisy
+from fxcompile.walking import MEMORY, live_bytes, node_bytes
 
 FLIPS = 1e-4
 """Share of an integer output's elements that may differ before anything is called off: too close to call."""
@@ -100,10 +102,18 @@ def _finite_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def held_out(data: Calibration, program: Program, samples: int, seed: int) -> Yardstick:
-    """The held-out part of calibration data, which nothing is fitted to."""
+    """The held-out part of calibration data, which nothing is fitted to; fewer samples where the outputs are large."""
     _, held = data.split(seed=seed)
-    batches = full_batches(held.limit(samples), program)
+    of_batch = sum(map(node_bytes, output_node(program.graph).all_input_nodes))
+    most = MEMORY * count_samples(program) // max(4 * of_batch, 1)
+    batches = batches_of(held.limit(max(min(samples, most), 1)), program)
     return Yardstick(program, batches, f"{_count(batches)} held-out calibration samples")
+
+
+def batches_of(data: Calibration, program: Program) -> list[tuple[Tensor, ...]]:
+    """Batches of at most 32 samples, so small that two programs side by side stay within `MEMORY`."""
+    per_sample = live_bytes(program) // count_samples(program)
+    return full_batches(data, program, max(1, min(32, MEMORY // max(3 * per_sample, 1))))
 
 
 def case_yard(case: Calibration, program: Program) -> Yardstick:
@@ -113,7 +123,7 @@ def case_yard(case: Calibration, program: Program) -> Yardstick:
         CalibrationError: the network takes more samples at once.
     """
     try:
-        batches = full_batches(case, program)
+        batches = batches_of(case, program)
     except CalibrationError:
         size = program.inputs[0].shape[0]
         raise CalibrationError(

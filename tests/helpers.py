@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -48,3 +49,17 @@ def text(value: Any, names: dict[fx.Node, str]) -> str:
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(text(item, names) for item in value)}]"
     return repr(value)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The L2 norm of a difference over that of what it should be."""
+    a, b = ours.detach().double(), theirs.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+def with_layers(net: nn.Module, **layers: nn.Module) -> Any:
+    """A copy of a network with other layers."""
+    made = copy.deepcopy(net)
+    for name, layer in layers.items():
+        setattr(made, name, layer)
+    return made

@@ -10,7 +10,7 @@ import pytest
 import torch
 from culprits import Chain, Dropped, Forgetful, Unclamped
 from fxcompile.passes import EliminateIdentity, FoldBatchNorm, StackKernels
-from helpers import Net
+from helpers import Net, relative, with_layers
 from torch import Tensor, nn
 
 import fxcompile as fxc
@@ -42,19 +42,6 @@ def held_out(data: Tensor, seed: int = 0) -> Tensor:
     """The quarter that nothing is fitted to: the first of a permutation drawn from the seed, in order."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     return data[order[: len(data) // 4].sort().values]
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    a, b = ours.detach().double(), theirs.detach().double()
-    return float((a - b).norm() / b.norm())
-
-
-def with_layers(net: nn.Module, **layers: nn.Module) -> Any:
-    """A copy of a network with other layers."""
-    made = copy.deepcopy(net)
-    for name, layer in layers.items():
-        setattr(made, name, layer)
-    return made
 
 
 def layer_of(diagnosis: Diagnosis, name: str) -> Any:
