@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx, nn
 
 from fxcompile.errors import EmitError
-from fxcompile.layers import CONVOLUTIONS, TRANSPOSED, shallow_copy
 from fxcompile.program import Program, flatten_tensors
 from fxcompile.tracing import one_line, quiet_torch
 
@@ -36,18 +37,26 @@ class _Flat(nn.Module):
 _NAME = "fxcompile.node"
 
 
-def give_single_filters_a_bias(module: fx.GraphModule) -> None:
-    """Add a zero bias to convolutions with one output channel and none.
+def drop_zero_biases(model: ir.Model) -> None:
+    """Take out the zeros that the exporter adds where a convolution has no bias.
 
-    The exporter writes a missing bias as zeros expanded to the output channels; for one channel that ends as a scalar,
-    which ONNX Runtime refuses.
+    It expands them to the output channels, wrongly so for one channel (a scalar) and for three dimensions ([O, 2]).
     """
-    for node in module.graph.nodes:
-        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) and layer.bias is None and layer.out_channels == 1:
-            copied = shallow_copy(layer)
-            copied.register_parameter("bias", nn.Parameter(layer.weight.new_zeros(1), requires_grad=False))
-            module.set_submodule(str(node.target), copied)
+    for node in model.graph:
+        if node.op_type == "Conv" and len(node.inputs) == 3 and is_expanded_zero(node.inputs[2]):
+            node.resize_inputs(2)
+    RemoveUnusedNodesPass()(model)
+
+
+def is_expanded_zero(value: ir.Value | None) -> bool:
+    """Whether a value is a constant zero, made larger."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Expand":
+        return False
+    while node is not None and node.op_type in ("Expand", "CastLike") and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    constant = None if node is None else ir.convenience.get_const_tensor(node.outputs[0])
+    return constant is not None and not constant.numpy().any()
 
 
 def export(program: Program, opset: int | None) -> Any:
@@ -57,7 +66,6 @@ def export(program: Program, opset: int | None) -> Any:
         EmitError: an operation has no ONNX form.
     """
     module = program.snapshot().module
-    give_single_filters_a_bias(module)
     for node in module.graph.nodes:
         node.meta["custom"] = {_NAME: node.name}
     examples, dims = [], []
@@ -88,6 +96,7 @@ def export(program: Program, opset: int | None) -> Any:
                 mend="replace that operation, or pass --dynamic none if it is about a size",
             ) from error
     assert made is not None
+    drop_zero_biases(made.model)
     return made.model
 
 

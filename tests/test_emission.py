@@ -230,3 +230,23 @@ def test_varints_and_appended_initializers_are_protobuf(tmp_path: Path) -> None:
     loaded = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "m.onnx").graph.initializer}
     assert loaded.keys() == tensors.keys()
     assert all(np.array_equal(loaded[name], values) for name, values in tensors.items())
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+def test_a_convolution_without_bias_has_none_in_the_file(kind: Any, channels: int, tmp_path: Path) -> None:
+    conv = kind(2, channels, 3, bias=False).eval()
+    x = torch.randn(2, 2, *[4] * (conv.weight.dim() - 2))
+    PassManager("").run(trace(conv, x)).save_onnx(tmp_path / "conv.onnx")
+    (node,) = onnx.load(tmp_path / "conv.onnx").graph.node
+    assert len(node.input) == 2
+    (given,) = onnxruntime.InferenceSession(tmp_path / "conv.onnx").run(None, {"input": x.numpy()})
+    assert (torch.from_numpy(given) - conv(x)).abs().max() <= 1e-5 * conv(x).abs().max()
+
+
+def test_a_bias_of_zeros_stays_a_bias(tmp_path: Path) -> None:
+    conv = nn.Conv2d(2, 4, 3).eval()
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    PassManager("").run(trace(conv, torch.randn(2, 2, 4, 4))).save_onnx(tmp_path / "conv.onnx")
+    (node,) = onnx.load(tmp_path / "conv.onnx").graph.node
+    assert len(node.input) == 3
