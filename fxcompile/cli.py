@@ -84,7 +84,8 @@ def main(args: list[str] | None = None) -> None:
         options = [name for item in known if isinstance(item, click.Option) for name in item.opts]
         fail(f"there is no option {error.option_name}; {did_you_mean(error.option_name, options)}", 2)
     except click.ClickException as error:
-        mend = "; see fxcompile --help" if isinstance(error, click.UsageError) else ""
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        mend = f"; see {context.command_path.removesuffix(' compile')} --help" if context is not None else ""
         fail(error.format_message().rstrip(".") + mend, error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
         fail("interrupted", 130)

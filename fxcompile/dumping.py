@@ -48,14 +48,15 @@ class Dumps:
 
 
 def dump(program: Program) -> str:
-    """The program as readable text: its code, each line with the shape and the original layers it computes."""
+    """The program as Python: its nodes as comments, with shapes and the original layers they compute, and its code."""
     lines = [f"# {spec.name}: {list(spec.shape)} {spec.dtype}" for spec in program.inputs]
     for node in program.graph.nodes:
-        text = node.format_node()
-        if text is None:
+        if node.op == "placeholder":
             continue
         layer = program.layer(node)
-        what = f" {describe_layer(layer)}" if layer is not None else ""
+        called = getattr(node.target, "__name__", str(node.target))
+        what = called if layer is None else f"{called}: {describe_layer(layer)} "
+        arguments = ", ".join([*map(repr, node.args), *(f"{key}={value!r}" for key, value in node.kwargs.items())])
         origin = ", ".join(node.meta.get(ORIGIN, ()))
-        lines.append(f"{text}  #{what} {list(shape_of(node) or [])} from [{origin}]")
+        lines.append(f"# {node.name} = {what}({arguments}) {list(shape_of(node) or [])} from [{origin}]")
     return "\n".join([*lines, "", program.module.code.strip(), ""])

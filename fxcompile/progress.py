@@ -24,8 +24,8 @@ class Progress:
         self.timer = threading.Timer(PATIENCE, self._start)
         self.timer.daemon = True
         self.now: tuple[str, int, int] = ("", 0, 1)
+        self.what = ""
         self.bar: Any = None
-        self.task: Any = None
 
     def __enter__(self) -> Progress:
         if not self.quiet:
@@ -59,10 +59,15 @@ class Progress:
             columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
             self.bar = Bar(*columns, console=Console(file=self.stream), transient=True,
                            redirect_stdout=False, redirect_stderr=False)  # fmt: skip
-            self.task = self.bar.add_task("")
             self._draw()
             self.bar.start()
 
     def _draw(self) -> None:
         what, done, total = self.now
-        self.bar.update(self.task, description=what, completed=done, total=total if total > 1 else None)
+        if self.bar.task_ids and what == self.what:
+            self.bar.update(self.bar.task_ids[0], completed=done, total=total)
+            return
+        for task in self.bar.task_ids:
+            self.bar.remove_task(task)
+        self.bar.add_task(what, completed=done, total=total if total > 1 else None)
+        self.what = what

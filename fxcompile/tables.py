@@ -45,8 +45,9 @@ def table(header: Row, rows: Sequence[Row], width: int) -> list[str]:
         if not row.cells and len(both) <= width:
             lines.append(both.rstrip())
             continue
-        if len(row.name) > names and row.cells:
-            lines += [row.name, " " * names + _numbers(row, widths)]
+        if len(row.name) > names:
+            lines += wrapped(row.name, width, indent + "  ")
+            lines += [(" " * names + _numbers(row, widths)).rstrip()] if any(row.cells) else []
         else:
             lines.append(f"{row.name:{names}}{_numbers(row, widths)}".rstrip())
         lines += wrapped(indent + row.text, width, indent) if row.text else []
