@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,28 +21,42 @@ class ModelCode(fx.graph.CodeGen):
 
     Args:
         parameters: names of the parameters of forward, in order.
+        keywords: which of them are given by keyword only.
         parts: for each placeholder, the expression of those parameters that it is: "features[0]".
-        fixed: parameters that are not tensors, with the value they must have.
+        fixed: parameters, or parts of them, that are not tensors, with the literal value they must have; parameters
+            have it as their default, too.
     """
 
-    def __init__(self, parameters: Sequence[str], parts: dict[str, str], fixed: dict[str, Any]) -> None:
+    def __init__(
+        self, parameters: Sequence[str], keywords: Collection[str], parts: dict[str, str], fixed: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.parameters = tuple(parameters)
+        self.keywords = frozenset(keywords)
         self.parts = dict(parts)
         self.fixed = dict(fixed)
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
         """The head of `forward`, and the lines that take its arguments apart."""
-        optional = True
-        parameters: list[str] = []
-        for name in reversed(self.parameters):
-            optional = optional and name in self.fixed and _has_literal(self.fixed[name])
-            parameters.insert(0, f"{name}={self.fixed[name]!r}" if optional else name)
-        lines = [super().gen_fn_def(parameters, maybe_return_annotation, **options)]
+        head: list[str] = []
+        checks: list[tuple[str, str]] = []
+        optional = False
+        for name in sorted(self.parameters, key=self.keywords.__contains__):
+            if name in self.keywords and "*" not in head:
+                head.append("*")
+            if name in self.fixed:
+                head.append(f"{name}={self.fixed[name]!r}")
+                optional = True
+            elif optional and name not in self.keywords:
+                head.append(f"{name}=None")  # Python wants a default after those that have one
+                checks.append((f"{name} != None", f"'{name}' is missing"))
+            else:
+                head.append(name)
         for name, value in self.fixed.items():
-            if value is not None and _has_literal(value):
-                message = f"the program was traced with {name}={value!r}"
-                lines.append(f"    torch._assert({name} == {value!r}, {message!r})")
+            checks.append((f"{name} == {value!r}", f"the program was traced with {name}={value!r}"))
+        lines = [super().gen_fn_def(head, maybe_return_annotation, **options)]
+        # None is compared by value because the code is traced again when a saved module is loaded.
+        lines += [f"    torch._assert({condition}, {message!r})" for condition, message in checks]
         lines += [f"    {name} = {part}" for name, part in self.parts.items() if name != part]
         return "\n".join(lines)
 
@@ -51,9 +65,15 @@ class ModelCode(fx.graph.CodeGen):
             return super()._gen_python_code(nodes, *args, **kwargs)
 
 
-def _has_literal(value: Any) -> bool:
-    """Whether `repr` gives code for a value."""
-    return value is None or isinstance(value, (bool, int, float, str))
+def has_literal(value: Any) -> bool:
+    """Whether `repr` gives code for a value, which is equal to itself."""
+    if isinstance(value, (tuple, list)):
+        return type(value) in (tuple, list) and all(map(has_literal, value))
+    if isinstance(value, dict):
+        return type(value) is dict and all(has_literal(item) for pair in value.items() for item in pair)
+    if isinstance(value, float):
+        return value == value
+    return value is None or isinstance(value, (bool, int, str, torch.dtype))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from fxcompile import spellings
 from fxcompile.errors import TraceError
 from fxcompile.program import flatten_tensors
 from fxcompile.refusals import current_line, definition, one_line, text_at, user_line
-from fxcompile.signature import Signature, plain_containers
+from fxcompile.signature import Signature, output_names, plain_containers
 from fxcompile.verification import random_like
 
 
@@ -25,6 +25,7 @@ class Reference:
     Attributes:
         examples: the example's tensors.
         output: the model's own output for them, subclasses of containers made plain.
+        output_names: one for each tensor in it.
         suspects: the first line of the model that did what no graph can hold, by what it did.
 
     Raises:
@@ -42,13 +43,14 @@ class Reference:
         before = versions(module)
         try:
             with watch:
-                self.output = self.run(self.examples)
+                output = self._call(self.examples)
         except Exception as error:
             raise TraceError(
                 f"the model fails on the example inputs {signature.describe()}: {one_line(error)}",
                 place=user_line(error) or definition(module),
                 mend="give the inputs that forward takes",
             ) from error
+        self.output, self.output_names = plain_containers(output), output_names(output)
         self.suspects = watch.suspects
         self._refuse_updates(module, before, watch.writes)
         if not flatten_tensors(self.output):
@@ -82,11 +84,14 @@ class Reference:
                 )
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
-        """The model's output for other tensors."""
+        """The model's output for other tensors, in plain containers."""
+        return plain_containers(self._call(tensors))
+
+    def _call(self, tensors: Sequence[Tensor]) -> Any:
         args, kwargs = self.signature.call([tensor.clone() for tensor in tensors])
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return plain_containers(self.model(*args, **kwargs))
+            return self.model(*args, **kwargs)
 
     def batch_inputs(self) -> list[int]:
         """Indices of the inputs that share the first axis, if the model may be batched over it."""

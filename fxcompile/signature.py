@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxcompile.calling import ModelCode
+from fxcompile.calling import ModelCode, has_literal
+from fxcompile.errors import TraceError
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,14 @@ class Signature:
     Attributes:
         names: one for each tensor, after the parameter of forward that holds it.
         tensors: the example's tensors.
-        parameters: the names of the parameters of forward, positional ones first.
-        takes_any_number: whether forward takes `*args`.
+        parameters: the names of the parameters of forward that the call gives, positional ones first.
+        declared: the parameters of forward as it declares them; none where that is not known.
     """
 
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     parameters: tuple[str, ...]
-    takes_any_number: bool
+    declared: tuple[inspect.Parameter, ...]
     _leaves: tuple[Any, ...]
     _places: tuple[int, ...]
     _spec: pytree.TreeSpec
@@ -36,10 +38,18 @@ class Signature:
     @classmethod
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
         """The signature of a model's forward for an example call."""
+        for name in kwargs:
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise TraceError(
+                    f"forward is given '{name}', which Python code cannot name", mend="give it another name"
+                )
         made = cls._make(parameter_names(model.forward, args, kwargs), args, kwargs)
-        return replace(
-            made, takes_any_number=any(item.kind is item.VAR_POSITIONAL for item in parameters_of(model.forward))
-        )
+        return replace(made, declared=tuple(parameters_of(model.forward)))
+
+    @property
+    def takes_any_number(self) -> bool:
+        """Whether forward takes `*args`."""
+        return any(item.kind is item.VAR_POSITIONAL for item in self.declared)
 
     @classmethod
     def of_exported(cls, exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
@@ -67,11 +77,11 @@ class Signature:
             parts = [str(getattr(key, "idx", getattr(key, "key", getattr(key, "name", key)))) for key in rest]
             name = "_".join([top, *parts])
             name = "".join(char if char.isalnum() or char == "_" else "_" for char in name)
-            while name in names:
+            while name in names or (rest and name in parameters):
                 name += "_"
             names.append(name)
         tensors = tuple(leaves[place].detach() for place in places)
-        return cls(tuple(names), tensors, parameters, False, tuple(leaves), tuple(places), spec)
+        return cls(tuple(names), tensors, parameters, (), tuple(leaves), tuple(places), spec)
 
     def call(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments of the example call, with other tensors."""
@@ -83,17 +93,44 @@ class Signature:
 
     def set_convention(self, graph: fx.Graph) -> None:
         """Let a graph with flat placeholders be called as the model is: nested arguments, and those that are fixed."""
-        paths, _ = pytree.tree_flatten_with_path(self.call(self.tensors))
+        args, kwargs = self.call(self.tensors)
+        given = dict(zip(self.parameters, (*args, *kwargs.values()), strict=True))
+        names, keywords, defaults = self._declaration(given, len(args))
+        fixed = {name: value for name, value in (given | defaults).items() if has_literal(value)}
+        paths, _ = pytree.tree_flatten_with_path((args, kwargs))
         parts: dict[str, str] = {}
-        fixed: dict[str, Any] = {}
-        names = iter(self.names)
-        for (path, leaf), place in zip(paths, range(len(self._leaves)), strict=True):
-            expression = self._parameter(path) + "".join(_access(key) for key in path[2:])
-            if place in self._places:
-                parts[next(names)] = expression
-            elif len(path) == 2:
+        flat = iter(self.names)
+        for path, leaf in paths:
+            parameter = self._parameter(path)
+            expression = parameter + "".join(_access(key) for key in path[2:])
+            if isinstance(leaf, Tensor):
+                parts[next(flat)] = expression
+            elif parameter not in fixed and has_literal(leaf):
                 fixed[expression] = leaf
-        graph.set_codegen(ModelCode(self.parameters, parts, fixed))
+        graph.set_codegen(ModelCode(names, keywords, parts, fixed))
+
+    def _declaration(self, given: dict[str, Any], positional: int) -> tuple[list[str], set[str], dict[str, Any]]:
+        """The parameters in the order of forward, which are given by keyword only, and those left at their defaults."""
+        names: list[str] = []
+        keywords: set[str] = set()
+        defaults: dict[str, Any] = {}
+        gap = False
+        for item in self.declared:
+            if item.kind is item.VAR_POSITIONAL:
+                names += self.parameters[len(names) : positional]
+                gap = True
+            elif item.kind is not item.VAR_KEYWORD and (item.name in given or has_literal(item.default)):
+                names.append(item.name)
+                if item.name not in given:
+                    defaults[item.name] = item.default
+                if gap or item.kind is item.KEYWORD_ONLY:
+                    keywords.add(item.name)
+            elif item.kind is not item.VAR_KEYWORD:
+                gap = True  # it has a default that no code can be written for
+        others = [name for name in given if name not in names]
+        if self.declared:
+            keywords.update(others)
+        return names + others, keywords, defaults
 
     def keep(self, placeholders: Sequence[fx.Node]) -> list[fx.Node]:
         """Those placeholders of an exported graph that are tensors here; others were fixed by the example."""

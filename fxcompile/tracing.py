@@ -26,7 +26,7 @@ from fxcompile.lowering import NoSpelling
 from fxcompile.program import FEATURE, Program, flatten_tensors, output_node, shape_of
 from fxcompile.reference import ModelState, Reference, left_alone
 from fxcompile.refusals import Impure, Refused, one_line, quiet_torch, refusal
-from fxcompile.signature import Signature, output_names
+from fxcompile.signature import Signature
 from fxcompile.symbolic import changing_line, symbolic_graph
 from fxcompile.timing import Stopwatch
 from fxcompile.verification import relative_maximum
@@ -203,7 +203,7 @@ def _finish(raw: fx.GraphModule, signature: Signature, reference: Reference) -> 
         InputSpec(name, tuple(tensor.shape), tensor.dtype, batch_axis=None)
         for name, tensor in zip(signature.names, signature.tensors, strict=True)
     )
-    return _check(Program(module, signature.tensors, inputs, output_names(reference.output)), reference)
+    return _check(Program(module, signature.tensors, inputs, reference.output_names), reference)
 
 
 def _unwrap_dataclass_output(graph: fx.Graph) -> None:
