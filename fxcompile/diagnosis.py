@@ -129,7 +129,7 @@ class Diagnosis:
             more = len(item.broken) - 1
             said += [item.broken[0] + (f"; and so it does at {more} more" if more > 0 else "")] if item.broken else []
         if self.is_off:
-            said += [*self._pass_sentences(), *self._site_sentences()]
+            said += [*self._pass_sentences(), *self._site_sentences(), *self._layer_sentences()]
         if self.file_is_off:
             said += self._file_sentences()
         elif isinstance(self.file, str):
@@ -172,6 +172,15 @@ class Diagnosis:
         if following is not None:
             said += f"; the next is '{following.name}', {number(following.without)} without it"
         return [said, f"to leave it out: {' or '.join(culprit.mends)}"]
+
+    def _layer_sentences(self) -> list[str]:
+        least = worst(self.rounding)
+        return [
+            f"layer '{item.name}' is {number(item.own)} off by itself, and no pass says that it rewrote it: "
+            "one changes more than its sites"
+            for item in self.layers
+            if item.own is not None and item.own > least and not item.by
+        ][:1]
 
     def _file_sentences(self) -> list[str]:
         assert isinstance(self.file, FileErrors)

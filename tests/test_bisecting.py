@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from culprits import Chain, Dropped, Forgetful, Unclamped
+from culprits import Chain, Dropped, Forgetful, Meddling, Unclamped
 from fxcompile.passes import EliminateIdentity, FoldBatchNorm, StackKernels
 from helpers import Net, relative, with_layers
 from torch import Tensor, nn
@@ -134,6 +134,15 @@ def test_removing_what_computes_something_is_named_by_its_own_layer(net: Chain, 
     assert [item.name for item in found.layers if item.own is None or item.own > CLOSE] == ["act2"]
     assert found.worst_site is not None
     assert found.worst_site.name == "act2"
+
+
+def test_a_pass_that_changes_more_than_its_sites_is_told_by_the_layer(program: Program, data: Tensor) -> None:
+    found = fxc.bisect(program, [Meddling()], calibration=data, emit=False)
+    assert found.worst_pass is found.passes[0]
+    assert found.passes[0].broken[0].startswith("pass 'meddle' breaks its contract (exact) there: ")
+    assert [item.name for item in found.layers if item.own is None or item.own > CLOSE] == ["mean"]
+    assert any(sentence.startswith("layer 'mean' is ") and sentence.endswith("more than its sites")
+               for sentence in found.verdict())  # fmt: skip
 
 
 # a lossy pass with one hard layer
