@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, ClassVar
 
 import pytest
@@ -18,8 +19,9 @@ from fxcompile.manager import PassManager
 from fxcompile.patches import weight_matrix
 from fxcompile.program import FEATURE, Program
 from fxcompile.rewriting import Pass, Replacement, Site
-from fxcompile.sitedata import SiteData
+from fxcompile.sitedata import SiteData, synthetic_batch
 from fxcompile.tracing import trace
+from fxcompile.walking import Walk
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -185,3 +187,142 @@ def test_a_fixed_batch_needs_whole_batches() -> None:
     assert {len(given) for given, _ in (*data.fit_pairs(site), *data.held_pairs(site))} == {4}
     with pytest.raises(CalibrationError, match="4 samples at once"):
         data_of(program, randn(8, 2, 8, 8), [site])
+
+
+def test_no_sample_is_both_fitted_to_and_measured_on() -> None:
+    program, x = traced(), randn(37, 2, 8, 8, seed=1)
+    site = Site.of(program, next(node for node, _ in program.layers(nn.Conv2d)))
+    data = data_of(program, x, [site])
+    fit, held = (torch.cat([given for given, _ in pairs]) for pairs in (data.fit_pairs(site), data.held_pairs(site)))
+    places = [int((x - sample).flatten(1).abs().amax(1).argmin()) for sample in (*fit, *held)]
+    assert sorted(places) == list(range(37))
+    assert len(held) == 9
+    for given, wanted in data.held_pairs(site):
+        assert torch.allclose(site.layer(given), wanted, atol=1e-6)
+
+
+class Branching(nn.Module):
+    """A residual and a concatenation: `c` and `d` see what several layers before them gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.c, self.d = nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(4, 3, 1)
+
+    def features(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """What goes into each layer, and what comes out."""
+        a = self.a(x)
+        b = self.b(a.relu())
+        joined = torch.cat([b + a, b.sigmoid()], 1)
+        c = self.c(joined)
+        return {"a": (x, a), "b": (a.relu(), b), "c": (joined, c), "d": (c + a, self.d(c + a))}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)["d"][1]
+
+
+class Halve(Damage):
+    """Puts two layers in the place of one, the first of them at half of its weight."""
+
+    name: ClassVar = "halve"
+
+    def rewrite(self, site: Site) -> Replacement:
+        self.seen[site.name] = site
+        width = site.layer.out_channels
+        second = nn.Conv2d(width, width, 1)
+        with torch.no_grad():
+            second.weight.copy_(torch.eye(width)[:, :, None, None])
+            second.bias.zero_()
+        return [with_parameters(site.layer, weight_matrix(site.layer) * self.factor, site.layer.bias), second]
+
+
+def test_every_site_of_a_branching_network_is_fitted_to_the_original_from_what_is_already_rewritten() -> None:
+    """Held against a copy of the model in which the layers that a site follows are those that came out of the run."""
+    model, x = Branching().eval(), randn(24, 2, 8, 8, seed=1)
+    with torch.no_grad():
+        original = model.features(x)
+    Halve.seen.clear()
+    result = PassManager([Halve()], calibration=x).run(trace(model, x[:2]))
+    assert [site.outcome for site in result.record.passes[0].sites] == ["kept"] * 4
+    rewritten = Branching().eval()
+    for name in ("a", "b", "c", "d"):
+        with torch.no_grad():
+            inputs, wanted = rewritten.features(x)[name][0], original[name][1]
+        pairs = Halve.seen[name].pairs
+        given, outputs = (torch.cat(list(side)) for side in zip(*pairs, strict=True))
+        assert len(given) == 18
+        places = [int((inputs - sample).flatten(1).abs().amax(1).argmin()) for sample in given]
+        assert len(set(places)) == 18
+        assert torch.allclose(inputs[places], given, atol=1e-5)
+        assert torch.allclose(wanted[places], outputs, atol=1e-5)
+        layers = [layer for _, layer in result.program.layers(nn.Conv2d)]
+        at = 2 * "abcd".index(name)
+        setattr(rewritten, name, nn.Sequential(*layers[at : at + 2]))
+    with torch.no_grad():
+        assert torch.allclose(rewritten(x), result.program(x), atol=1e-5)
+
+
+def test_without_data_the_inputs_are_drawn_from_the_range_of_the_examples() -> None:
+    program = trace(Net(lambda net, x: net.a(x), a=nn.Conv2d(2, 4, 3)).eval(), 5 + 2 * randn(8, 2, 16, 16))
+    (first,), (again,), (other,) = (synthetic_batch(program, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == program.examples[0].shape
+    assert float(first.mean()) == pytest.approx(5, abs=0.2)
+    assert float(first.std()) == pytest.approx(2, abs=0.1)
+    site = Site.of(program, next(node for node, _ in program.layers(nn.Conv2d)))
+    ((given, wanted),) = data_of(program, None, [site]).held_pairs(site)
+    assert torch.equal(given, first)
+    assert torch.allclose(site.layer(given), wanted, atol=1e-6)
+
+
+def test_each_input_of_several_has_the_rows_of_the_same_samples() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(2, 4, 3)
+
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return self.a(x + shift)
+
+    x = randn(20, 2, 5, 5, seed=1)
+    shift = x.mean((1, 2, 3), keepdim=True)
+    program = trace(Two().eval(), (x[:2], shift[:2]))
+    original = program.snapshot()
+    site = Site.of(program, next(node for node, _ in program.layers(nn.Conv2d)))
+    data = SiteData.of(program, original, as_calibration({"shift": shift, "x": x}, program.inputs), [site], seed=0)
+    given = torch.cat([inputs for inputs, _ in (*data.fit_pairs(site), *data.held_pairs(site))])
+    assert all((x + shift - sample).flatten(1).abs().amax(1).min() < 1e-6 for sample in given)
+
+
+@pytest.mark.parametrize("depth", [4, 16])
+def test_what_is_held_at_a_site_does_not_grow_with_the_depth_of_the_network(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted from outside: values that both walks computed and anything still refers to, when a site is rewritten."""
+    refs: list[weakref.ref[Tensor]] = []
+    compute = Walk._compute
+
+    def counted(self: Walk, node: Any, index: int) -> Any:
+        value = compute(self, node, index)
+        if node.op in ("call_module", "call_function"):
+            refs.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(Walk, "_compute", counted)
+    alive: list[int] = []
+
+    class Looking(Damage):
+        name: ClassVar = "looking"
+
+        def rewrite(self, site: Site) -> Replacement:
+            alive.append(sum(ref() is not None for ref in refs))
+            return [with_parameters(site.layer, weight_matrix(site.layer) * 0.9, site.layer.bias)]
+
+    layers = [layer for _ in range(depth) for layer in (nn.Conv2d(2, 2, 3, padding=1), nn.ReLU())]
+    program = trace(nn.Sequential(*layers).eval(), randn(2, 2, 8, 8))
+    PassManager([Looking()], calibration=randn(24, 2, 8, 8), verify="off").run(program)
+    assert len(alive) == depth
+    batches = 2  # 18 samples to fit to, 6 to measure on
+    assert max(alive) <= 4 * batches  # a site's inputs and outputs, and a ReLU's input on either side
