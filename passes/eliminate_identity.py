@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -70,6 +71,8 @@ FUNCTIONS: dict[Any, Rule] = {
     torch.transpose: lambda args: args[0] == args[1],
     torch.clone: lambda args: not args,
     torch.cat: always,  # of one tensor
+    torch.roll: lambda args: not any(args[0]),
+    torch.Tensor.repeat: lambda args: ones(args[0]),
     torch.Tensor.to: lambda args: len(args) == 1 and isinstance(args[0], torch.dtype),
     **dict.fromkeys((torch.Tensor.float, torch.Tensor.double, torch.Tensor.half), lambda args: not args),
     F.pad: lambda args: isinstance(args[0], (tuple, list)) and all(amount == 0 for amount in args[0]),
@@ -87,6 +90,10 @@ RESIZING: dict[Any, Rule] = {
 ORDERS = (torch.permute, torch.transpose)
 SHAPES = (torch.reshape, torch.flatten)
 PARTS = (torch.chunk, torch.split, torch.unbind)
+AGAIN = (torch.floor, torch.ceil, torch.trunc, torch.round, torch.sign)
+"""Functions that leave their own values as they are."""
+INVERSES = {(operator.neg, operator.neg), (torch.unsqueeze, torch.squeeze), (torch.squeeze, torch.unsqueeze)}
+"""Functions of which the second may undo the first: where it gives the same shape, it does."""
 
 
 class EliminateIdentity(Pass):
@@ -95,7 +102,8 @@ class EliminateIdentity(Pass):
     Identities are: `nn.Identity`; dropout (in eval mode); reshape, flatten, permute, expand, slices and adaptive pools
     that change nothing; a cat of one tensor; padding by 0; a pool or interpolation of one pixel to the same size;
     multiplying or dividing by 1 and adding 0; an activation on values that it leaves as they are, as ReLU after ReLU
-    or after a max pool of one. Of two permutations or reshapes in a row one stays, or none. What only fits the size
+    or after a max pool of one, and rounding what was rounded. Of permutations or reshapes in a row one stays, or none;
+    of two functions that undo each other, as a squeeze does an unsqueeze, none. What only fits the size
     of the example inputs stays: a squeeze that would take a batch of one, a pool to the size which the map just has.
     Code whose result nothing uses goes too.
     """
@@ -110,7 +118,7 @@ class EliminateIdentity(Pass):
         for node in program.graph.nodes:
             if node.op not in ("call_module", "call_function") or not node.all_input_nodes:
                 continue
-            found = single(program, node, sizes) or repeated(program, node) or pair(program, node, sizes)
+            found = single(program, node, sizes) or repeated(program, node) or several(program, node, sizes)
             if found is None or taken & set(found):
                 continue
             shared = next((item for item in found[:-1] if len(item.users) > 1), None)
@@ -128,11 +136,11 @@ class EliminateIdentity(Pass):
             return []
         first, last = site.nodes[0], site.nodes[-1]
         if last.target in ORDERS:
-            order = composed(order_of(first), order_of(last))
+            order = functools.reduce(composed, map(order_of, site.nodes))
             return [] if order == sorted(order) else [Call(torch.permute, tuple(order))]
         if last.target in SHAPES:
             return [] if site.input_shape == site.output_shape else [Call(torch.reshape, last.args[1])]
-        if first.target in PARTS:
+        if first.target in PARTS or (first.target, last.target) in INVERSES:
             return []
         layers = iter(site.layers)
         chain = [next(layers) if node.op == "call_module" else Call.of(node) for node in site.nodes]
@@ -197,20 +205,43 @@ def repeated(program: Program, node: fx.Node) -> tuple[fx.Node, ...] | None:
     return None if before is None else (*before, node)
 
 
-def pair(program: Program, node: fx.Node, sizes: _Sizes) -> tuple[fx.Node, ...] | None:
-    """Two permutations, two reshapes, or a tensor split into one part: as one. The sizes of a reshape stand alone."""
+def several(program: Program, node: fx.Node, sizes: _Sizes) -> tuple[fx.Node, ...] | None:
+    """Permutations or reshapes in a row, a tensor split into one part, a function and its inverse: as one, or none."""
+    for kind in (ORDERS, SHAPES):
+        if node.target in kind:
+            return row(node, kind, sizes)
     first = node.all_input_nodes[0]
     if len(node.all_input_nodes) != 1 or len(first.all_input_nodes) != 1 or len(first.users) != 1:
         return None
     source = first.all_input_nodes[0]
-    if node.target in ORDERS and first.target in ORDERS:
-        return first, node
-    if node.target in SHAPES and first.target in SHAPES:
-        identity = shape_of(node) == shape_of(source)
-        return (first, node) if (sizes.same(node, source) if identity else node.target is torch.reshape) else None
-    if node.target is operator.getitem and first.target in PARTS and shape_of(node) == shape_of(source):
+    if node.target in AGAIN and first.target is node.target and node.args[1:] == first.args[1:]:
+        return None if node.kwargs or first.kwargs else (first, node)
+    parted = node.target is operator.getitem and first.target in PARTS
+    if (parted or (first.target, node.target) in INVERSES) and shape_of(node) == shape_of(source):
         return (first, node) if sizes.same(node, source) else None
     return None
+
+
+def row(node: fx.Node, kind: Sequence[Any], sizes: _Sizes) -> tuple[fx.Node, ...] | None:
+    """Permutations, or reshapes, in a row that are no more than one of them; as long as can be, and ending here."""
+    nodes = [node]
+    while (before := nodes[0].all_input_nodes[0]).target in kind and len(before.users) == 1:
+        nodes.insert(0, before)
+    here = len(nodes)
+    while len(nodes[-1].users) == 1 and (after := next(iter(nodes[-1].users))).target in kind:
+        nodes.append(after)
+    ends = [end for end in range(2, len(nodes) + 1) if as_one(nodes[:end], kind, sizes)]
+    return tuple(nodes[:here]) if ends and ends[-1] == here else None
+
+
+def as_one(nodes: Sequence[fx.Node], kind: Sequence[Any], sizes: _Sizes) -> bool:
+    """Whether one node does for all. The sizes of a reshape stand alone, those of a flatten do not."""
+    if any(len(node.all_input_nodes) != 1 for node in nodes):
+        return False
+    if kind is ORDERS:
+        return True
+    last, source = nodes[-1], nodes[0].all_input_nodes[0]
+    return sizes.same(last, source) if shape_of(last) == shape_of(source) else last.target is torch.reshape
 
 
 def order_of(node: fx.Node) -> list[int]:

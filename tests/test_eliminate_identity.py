@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,22 @@ GOES: dict[str, tuple[Case, list[str]]] = {
     "first power": (lambda m, x: x**1, []),
     "permutations that cancel": (lambda m, x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), []),
     "permutations that do not": (lambda m, x: x.permute(0, 2, 3, 1).transpose(1, 3), ["permute"]),
+    "permutations in a row": (
+        lambda m, x: x.permute(0, 2, 3, 1).transpose(1, 2).transpose(0, 1).transpose(0, 3), ["permute"]),
+    "permutations in a row that cancel": (
+        lambda m, x: x.permute(0, 2, 3, 1).transpose(1, 2).transpose(1, 2).permute(0, 3, 1, 2), []),
+    "reshapes in a row": (
+        lambda m, x: x.flatten(2).reshape(-1, 5, 2, 18).reshape(-1, 10, 18).reshape(-1, 10, 3, 6), ["reshape"]),
+    "reshapes in a row, and then a flatten": (
+        lambda m, x: F.relu(x.reshape(-1, 5, 2, 18).reshape(-1, 15, 12).flatten(0, 1)), ["reshape", "flatten", "ReLU"]),
+    "an unsqueeze and a squeeze": (lambda m, x: x.unsqueeze(2).squeeze(2), []),
+    "a squeeze and an unsqueeze": (
+        lambda m, x: x.mean(2, keepdim=True).squeeze(2).unsqueeze(-2), ["mean"]),
+    "a negation twice": (lambda m, x: -torch.neg(x), []),
+    "a roll by nothing": (lambda m, x: x.roll((0, 0), (1, 2)), []),
+    "one repetition": (lambda m, x: x.repeat(1, 1, 1, 1).tile(1), []),
+    "rounding twice": (lambda m, x: x.floor().floor() + x.round().round() + torch.sign(torch.sign(x)),
+                       ["floor", "round", "add", "sign", "add"]),
     "two reshapes": (lambda m, x: x.reshape(-1, 5, 2, 18).reshape(-1, 10, 3, 6), ["reshape"]),
     "two reshapes that take the samples apart again": (
         lambda m, x: F.relu(x.flatten(0, 1)).reshape(-1, 6, 2, 3).reshape(-1, 5, 6, 6), ["flatten", "ReLU", "reshape"]),
@@ -130,6 +147,15 @@ STAYS: dict[str, tuple[Case, list[str]]] = {
     "a crop": (lambda m, x: F.pad(x, (1, -1)), ["pad"]),
     "a channel shuffle": (lambda m, x: F.channel_shuffle(x, 5), ["ChannelShuffle"]),
     "a flip": (lambda m, x: x.flip(1), ["flip"]),
+    "a squeeze that would take a batch of one, and an unsqueeze": (
+        lambda m, x: x.squeeze(0).unsqueeze(1), ["squeeze", "unsqueeze"]),
+    "an unsqueeze and another squeeze": (
+        lambda m, x: x.mean(3, keepdim=True).unsqueeze(2).squeeze(4), ["mean", "unsqueeze", "squeeze"]),
+    "rounding in another way": (lambda m, x: x.floor().ceil(), ["floor", "ceil"]),
+    "rounding to other decimals": (
+        lambda m, x: torch.round(torch.round(x, decimals=2), decimals=1), ["round", "round"]),
+    "a roll": (lambda m, x: x.roll((0, 1), (1, 2)), ["roll"]),
+    "a repetition": (lambda m, x: x.repeat(1, 2, 1, 1), ["repeat"]),
     "GELU twice": (lambda m, x: F.gelu(F.gelu(x)), ["GELU", "GELU"]),
     "tanh twice": (lambda m, x: torch.tanh(torch.tanh(x)), ["Tanh", "Tanh"]),
     "ReLU of a leaky one": (lambda m, x: F.relu(F.leaky_relu(x)), ["LeakyReLU", "ReLU"]),
@@ -181,6 +207,19 @@ def test_it_stays(name: str) -> None:
     result = eliminated(Between(case), image())
     assert operations(result.program) == ["Conv2d", *left, "mul", "Tanh"]
     assert all(site.outcome == "left" for site in result.record.passes[0].sites)
+
+
+INTERPOLATED = {"interpolation by one", "interpolation of a pooled map to its size"}
+"""Blending with a weight of zero turns infinity into NaN, and without it infinity stays."""
+
+
+@pytest.mark.parametrize("name", [name for name in GOES if name not in INTERPOLATED])
+def test_what_is_not_finite_stays_as_it_was(name: str) -> None:
+    model = Net(lambda m, x: GOES[name][0](m, x), drop=nn.Dropout2d(), relu=nn.ReLU()).double().eval()
+    x = image(2, 5, 6, 6)
+    x.view(-1)[::7], x.view(-1)[3::11], x.view(-1)[5::13] = math.nan, math.inf, -math.inf
+    result = PassManager([EliminateIdentity()]).run(trace(model, image(2, 5, 6, 6)))
+    assert torch.equal(torch.nan_to_num(result.module(x), 1e9), torch.nan_to_num(model(x), 1e9))
 
 
 def test_the_reason_why_a_repeated_activation_stays() -> None:
