@@ -87,7 +87,7 @@ def bisect(
     file = None
     if emit:
         progress("writing", 0, 1)
-        file = file_errors(manager.result(run, program), yard, work.outputs, verify != "off")
+        file = file_errors(manager.result(run), yard, work.outputs, verify != "off")
     notes = list(run.record.notes)
     if yard.infinite:
         notes.append(f"{yard.infinite} values of the original's own outputs are not finite on {yard.what}")

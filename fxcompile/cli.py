@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import json
 import os
 import sys
@@ -207,6 +208,8 @@ def compile_command(
                 progress=progress,
             )
             result = manager.run(program, model=model.name)
+            del program
+            gc.collect()  # the weights before the passes: writing needs memory for two copies of those after them
             progress("writing", 0, 1)
             record = result.save_onnx(output, dynamic=free, opset=opset, verify=verify != "off")
         as_text = json.dumps(record.as_dict(), indent=2, allow_nan=False)

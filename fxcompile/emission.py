@@ -16,13 +16,14 @@ import onnx
 import torch
 from google.protobuf.message import DecodeError
 
+from fxcompile.cost import program_cost
 from fxcompile.errors import EmitError, UsageError, did_you_mean
 from fxcompile.exporting import export
 from fxcompile.files import check_writable, publish, scratch_beside
-from fxcompile.onnxfile import write_onnx
+from fxcompile.onnxfile import OnnxFile, write_onnx
 from fxcompile.program import Program
 from fxcompile.report import FileReport
-from fxcompile.simplifying import SIMPLIFICATIONS, put_metadata, simplify
+from fxcompile.simplifying import OPAQUE_BYTES, SIMPLIFICATIONS, put_metadata, simplify
 from fxcompile.tracing import one_line
 from fxcompile.verification import Broken, Case, Inputs, cases, compare_noisy, search
 
@@ -105,7 +106,7 @@ def _write(
         examples = max(2, min(result.examples, 8)) if verify else 0
         try:
             with watch.stage("check"):
-                check_model(scratch)
+                check_model(file, scratch)
             with watch.stage("runtime"):
                 error = verify_file(scratch, program, result.inputs, examples, result.seed) if verify else 0.0
         except EmitError as refused:
@@ -170,10 +171,10 @@ def with_dynamic(program: Program, dynamic: Dynamic) -> Program:
     return replace(program, inputs=tuple(specs.values()))
 
 
-def check_model(path: Path) -> None:
-    """Raises EmitError unless the ONNX checker accepts the file."""
+def check_model(file: OnnxFile, path: Path) -> None:
+    """Raises EmitError unless the ONNX checker accepts the file. It would copy large weights, so it sees no values."""
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(file.with_weights_as_inputs() if file.weights else str(path), full_check=True)
     except Exception as error:
         raise EmitError(f"the ONNX checker refuses the emitted file: {one_line(error)}") from error
 
@@ -186,7 +187,7 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
     Raises:
         EmitError: there is such an input, or ONNX Runtime cannot run the file.
     """
-    session = open_session(path)
+    session = open_session(path, lean=program_cost(program).bytes > OPAQUE_BYTES)
     names = [item.name for item in session.get_inputs()]
     drawn = Inputs(program.inputs, inputs.examples, inputs.calibration)
     worst, compared = 0.0, 0
@@ -228,8 +229,11 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
     return worst
 
 
-def open_session(path: Path) -> Any:
+def open_session(path: Path, lean: bool = False) -> Any:
     """An ONNX Runtime session on the CPU.
+
+    Args:
+        lean: without other layouts of the weights, which would be two more copies of them.
 
     Raises:
         EmitError: ONNX Runtime does not load the file.
@@ -238,6 +242,8 @@ def open_session(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if lean:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

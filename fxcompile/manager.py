@@ -37,12 +37,10 @@ class Result:
 
     Attributes:
         program: the rewritten program.
-        original: the program that went in.
         record: what happened; `report()` prints it.
     """
 
     program: Program
-    original: Program
     record: Report
     inputs: Inputs = field(repr=False)
     examples: int = 0
@@ -124,7 +122,7 @@ class PassManager:
                 dumps.write(pass_.name, run.program)
         with watch.stage("analysis"):
             run.record.after = program_cost(run.program)
-        return self.result(run, program)
+        return self.result(run)
 
     def start(self, program: Program, model: str, watch: Stopwatch) -> Run:
         """A run on a copy of the program, before its first pass."""
@@ -155,9 +153,9 @@ class PassManager:
             watch=watch,
         )
 
-    def result(self, run: Run, program: Program) -> Result:
-        """What a run has come to, for the program that it began with."""
-        return Result(run.program, program, run.record, run.inputs, self._examples(program), self.seed, run.watch)
+    def result(self, run: Run) -> Result:
+        """What a run has come to."""
+        return Result(run.program, run.record, run.inputs, self._examples(run.original), self.seed, run.watch)
 
     def _examples(self, program: Program) -> int:
         """How many inputs to draw for a check of the whole network."""

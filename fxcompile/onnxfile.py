@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,15 @@ class OnnxFile:
     proto: onnx.ModelProto
     weights: dict[str, Any]
 
+    def with_weights_as_inputs(self) -> onnx.ModelProto:
+        """The model whose `weights` are inputs of the graph."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        for name, tensor in sorted(self.weights.items()):
+            shape = tensor.shape.numpy()
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), shape))
+        return proto
+
 
 def read_weights(model: Any) -> dict[str, Any]:
     """The initializers of an `onnx_ir` model; their data stays where torch has it."""
@@ -47,9 +57,8 @@ def write_onnx(file: OnnxFile, path: Path, limit: int = LIMIT) -> None:
     with open(path, "wb") as stream:
         stream.write(file.proto.SerializeToString(deterministic=True))
         for name, tensor in sorted(file.weights.items()):
-            proto = _header(name, tensor)
-            proto.raw_data = _bytes(tensor)
-            _append_initializer(stream, proto)
+            _append_initializer(stream, _header(name, tensor), tensor.nbytes)
+            _copy(tensor, stream)
         _flush(stream)
 
 
@@ -58,18 +67,16 @@ def _write_external(file: OnnxFile, path: Path) -> None:
     proto = file.proto
     made = {tensor.name: tensor for tensor in proto.graph.initializer if len(tensor.raw_data) > 1024}
     draft = path.with_suffix(".data-draft")
-    digest = hashlib.sha256()
     places: list[tuple[onnx.TensorProto, int, int]] = []
     with open(draft, "wb") as stream:
-        for header, data in _all_weights(file, made):
+        hashed = _Hashed(stream)
+        for header, copy in _all_weights(file, made):
+            hashed.write(b"\0" * (-stream.tell() % 4096))  # aligned, so that runtimes can map it
             offset = stream.tell()
-            padding = b"\0" * (-offset % 4096)  # aligned, so that runtimes can map it
-            for part in (padding, data):
-                stream.write(part)
-                digest.update(part)
-            places.append((header, offset + len(padding), len(data)))
+            copy(hashed)
+            places.append((header, offset, stream.tell() - offset))
         _flush(stream)
-    location = f"{path.name}.{digest.hexdigest()[:16]}.data"
+    location = f"{path.name}.{hashed.digest.hexdigest()[:16]}.data"
     os.replace(draft, path.parent / location)
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in made]
     del proto.graph.initializer[:]
@@ -85,32 +92,59 @@ def _write_external(file: OnnxFile, path: Path) -> None:
         _flush(stream)
 
 
-def _all_weights(file: OnnxFile, made: dict[str, onnx.TensorProto]) -> Iterator[tuple[onnx.TensorProto, bytes]]:
+class _Hashed:
+    """A stream that takes the hash of what is written to it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Write a buffer of any shape."""
+        self.digest.update(np.frombuffer(data, np.uint8).data)
+        return self.stream.write(data)
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+
+def _all_weights(
+    file: OnnxFile, made: dict[str, onnx.TensorProto]
+) -> Iterator[tuple[onnx.TensorProto, Callable[[_Hashed], object]]]:
+    """Each weight without its values, and what writes those."""
     for name, tensor in sorted(file.weights.items()):
-        yield _header(name, tensor), _bytes(tensor)
+        yield _header(name, tensor), partial(_copy, tensor)
     for name, proto in sorted(made.items()):
-        yield onnx.TensorProto(name=name, dims=proto.dims, data_type=proto.data_type), proto.raw_data
+        data = proto.raw_data
+        header = onnx.TensorProto(name=name, dims=proto.dims, data_type=proto.data_type)
+        yield header, lambda stream, data=data: stream.write(data)  # type: ignore[misc]
 
 
 def _header(name: str, tensor: Any) -> onnx.TensorProto:
     return onnx.TensorProto(name=name, dims=list(tensor.shape.numpy()), data_type=int(tensor.dtype))
 
 
-def _bytes(tensor: Any) -> bytes:
-    data: bytes = tensor.tobytes()
-    if not data and np.prod(tensor.shape.numpy()) != 0:
+def _copy(tensor: Any, stream: BinaryIO | _Hashed) -> None:
+    """Write a tensor's values from where they lie."""
+    before = stream.tell()
+    tensor.tofile(stream)
+    if stream.tell() - before != tensor.nbytes:
         raise ValueError(f"initializer {tensor.name} has no data")
-    return data
 
 
 _GRAPH = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
 _INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
+_RAW_DATA = onnx.TensorProto.DESCRIPTOR.fields_by_name["raw_data"].number
 
 
-def _append_initializer(stream: BinaryIO, tensor: onnx.TensorProto) -> None:
+def _append_initializer(stream: BinaryIO, tensor: onnx.TensorProto, size: int | None = None) -> None:
+    """Write an initializer; with a size, `raw_data` of so many bytes has to be written next."""
     data = tensor.SerializeToString(deterministic=True)
-    inner = _tag(_INITIALIZER) + _varint(len(data))
-    stream.write(_tag(_GRAPH) + _varint(len(inner) + len(data)) + inner)
+    if size is not None:
+        data += _tag(_RAW_DATA) + _varint(size)
+    length = len(data) + (size or 0)
+    inner = _tag(_INITIALIZER) + _varint(length)
+    stream.write(_tag(_GRAPH) + _varint(len(inner) + length) + inner)
     stream.write(data)
 
 

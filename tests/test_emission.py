@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnxscript import ir
 from torch import Tensor, nn
 
 from fxcompile import emission, onnxfile, simplifying
@@ -213,19 +214,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_varints_and_appended_initializers_are_protobuf(tmp_path: Path) -> None:
     tensors = {f"w{size}": np.arange(size, dtype=np.float32) for size in (1, 31, 32, 33, 4096, 70_000)}
     model = onnx.ModelProto(ir_version=10, graph=onnx.GraphProto(name="g"))
-
-    class Held:
-        def __init__(self, name: str, values: np.ndarray) -> None:
-            self.name, self.nbytes, self.dtype, self.shape = name, values.nbytes, 1, self
-            self.values = values
-
-        def numpy(self) -> tuple[int, ...]:
-            return self.values.shape
-
-        def tobytes(self) -> bytes:
-            return self.values.tobytes()
-
-    file = onnxfile.OnnxFile(model, {name: Held(name, values) for name, values in tensors.items()})
+    file = onnxfile.OnnxFile(model, {name: ir.tensor(values, name=name) for name, values in tensors.items()})
     onnxfile.write_onnx(file, tmp_path / "m.onnx")
     loaded = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "m.onnx").graph.initializer}
     assert loaded.keys() == tensors.keys()
