@@ -35,7 +35,8 @@ def lower_stateless(self: Canonicaliser, call: Call) -> Any:
     options = {key: self.plain(value) for key, value in bound.items()}
     if any(value is NotImplemented for value in options.values()) or options.keys() - set(names.split()):
         return NotImplemented
-    if "training" in names.split() and options.get("training", trains_by_default(call)) is True:
+    drops = "training" in names.split() and options.get("p") != 0
+    if drops and options.get("training", trains_by_default(call)) is True:
         raise NoSpelling(call.node, "forward draws random numbers")
     options = {key: value for key, value in options.items() if key not in spellings.LAYER_ONLY_ARGUMENTS}
     pair = type(call.node.meta.get("tensor_meta")) is tuple

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxcompile import spellings
@@ -200,6 +200,10 @@ def versions(module: nn.Module | None) -> dict[str, tuple[int, ...]]:
     }
 
 
+RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
+"""Names that a graph module has a use of its own for: a model's part of such a name goes by another meanwhile."""
+
+
 @contextmanager
 def left_alone(model: nn.Module) -> Iterator[ModelState]:
     """The model in eval mode; afterwards its modes, attributes and buffers are what they were, and so is the seed."""
@@ -211,6 +215,10 @@ def left_alone(model: nn.Module) -> Iterator[ModelState]:
             module.training = False
     for module in model.modules():
         module._compiled_call_impl = None  # what `module.compile()` sets
+    for registry in (model._modules, model._parameters, model._buffers):
+        for name in RESERVED.intersection(registry):
+            model.__dict__[name] = registry.pop(name)
+            registry[f"{name}_"] = model.__dict__[name]
     try:
         with torch.random.fork_rng(devices=[]):
             yield state

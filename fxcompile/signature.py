@@ -66,6 +66,13 @@ class Signature:
     def _make(cls, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
         paths, spec = pytree.tree_flatten_with_path((args, kwargs))
         leaves = [leaf for _, leaf in paths]
+        for leaf in leaves:
+            if is_dataclass(leaf) and any(isinstance(value, Tensor) for value in vars(leaf).values()):
+                name = type(leaf).__name__
+                raise TraceError(
+                    f"forward is given a {name}, a class that torch does not take apart",
+                    mend=f"register it first: torch.export.register_dataclass({name})",
+                )
         names: list[str] = []
         places: list[int] = []
         for index, (path, leaf) in enumerate(paths):

@@ -1,9 +1,11 @@
 """Models that are written, and called, in all the ways that a forward can be: in float64, with the call's arguments."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -189,6 +191,46 @@ def boolean_mask_written(self: Any, x: Tensor) -> Tensor:
 @model(image())
 def mapped_over_samples(self: Any, x: Tensor) -> Tensor:
     return torch.func.vmap(lambda sample: sample / sample.abs().sum())(self.conv(x))
+
+
+@model(image())
+def checked_by_type(self: Any, x: Tensor | list[Tensor]) -> Tensor:
+    parts = [x] if isinstance(x, Tensor) else x
+    assert all(part.dtype == torch.float64 and not part.is_cuda for part in parts)
+    return torch.cat([self.conv(part) for part in parts], 1)
+
+
+@model(image())
+def cached_grid(self: Any, x: Tensor) -> Tensor:
+    if getattr(self, "grid", None) is None or self.grid.shape[0] != x.shape[2]:
+        self.grid = torch.linspace(0, 1, x.shape[2], dtype=x.dtype)[:, None]
+    self.features = self.conv(x)
+    return self.features + self.grid
+
+
+@model(image())
+def layer_from_outside(self: Any, x: Tensor) -> Tensor:
+    return OUTSIDE(self.conv(x))
+
+
+OUTSIDE = nn.Conv2d(4, 2, 1).double()
+
+
+@model(image())
+def more_than_tensors_returned(self: Any, x: Tensor) -> tuple[Any, ...]:
+    return self.conv(x), 3, "name", None, self.fc.weight, self.bn.running_mean
+
+
+@model(image())
+def dropout_of_nothing(self: Any, x: Tensor) -> Tensor:
+    return F.dropout(self.conv(x), 0.0, True)
+
+
+@model(image())
+def sizes_in_python(self: Any, x: Tensor) -> Tensor:
+    batch, *_, width = x.shape
+    y = F.avg_pool2d(self.conv(x), int(math.sqrt(x.size(2) * width)) // 2)
+    return y.reshape(batch, -1) / float(np.prod(x.shape[1:]))
 
 
 @model(image(), conv=image(seed=1), output=image(seed=2), forward=image(seed=3))

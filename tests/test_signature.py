@@ -52,7 +52,9 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in vars(value).items() if item is not None}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else tuple(plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(plain(item) for item in value)
+    return value
 
 
 def assert_same(given: Any, expected: Any) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fxcompile.tracing
+from fxcompile.errors import TraceError
 from fxcompile.tracing import trace
 from fxcompile.verification import relative_maximum
 
@@ -213,6 +215,57 @@ def test_a_batch_that_the_model_fixes_stays_fixed_and_a_note_says_so(make: Calla
     assert len(program.notes) == 1
     assert program.notes[0].startswith("the batch stays fixed: ")
     assert_equal(program.outputs(image(seed=1)), [Fixed()(image(seed=1))])
+
+
+class Reserved(nn.Module):
+    """Its parts have names that a graph module has a use of its own for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.graph, self.meta = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.code = nn.Parameter(torch.rand(4, 1, 1))
+        self.register_buffer("print_readable", torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.meta(self.graph(x) * self.code) + self.print_readable
+
+
+@pytest.mark.parametrize("road", ["symbolic", "export"])
+def test_parts_may_be_named_like_those_of_a_graph_module(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Reserved().double()
+    before = {key: id(tensor) for key, tensor in net.state_dict(keep_vars=True).items()}
+    if road == "export":
+        monkeypatch.setattr(fxcompile.tracing, "symbolic_graph", refuse)
+    program = trace(net, image())
+    assert_canonical(program)
+    assert [node.target for node, _ in program.layers(nn.Conv2d)] == ["graph_", "meta_"]
+    assert {key: id(tensor) for key, tensor in net.state_dict(keep_vars=True).items()} == before
+    assert not {"graph", "meta", "code"} & set(vars(net))
+    assert_equal(program.outputs(image(seed=1)), [net(image(seed=1)).detach()])
+
+
+@dataclass
+class Inputs:
+    image: Tensor
+    shift: Tensor
+    scale: float = 2.0
+
+
+def test_a_dataclass_is_taken_once_torch_knows_its_parts() -> None:
+    class Taking(nn.Module):
+        def forward(self, inputs: Inputs) -> Tensor:
+            return inputs.image * inputs.scale + inputs.shift
+
+    call = (Inputs(image(), image(2, 1, 1, 1)),)
+    with pytest.raises(
+        TraceError, match=r"a class that torch does not .*: torch\.export\.register_dataclass\(Inputs\)"
+    ):
+        trace(Taking(), call)
+    torch.export.register_dataclass(Inputs)
+    program = trace(Taking(), call)
+    assert [spec.name for spec in program.inputs] == ["inputs_image", "inputs_shift"]
+    assert_equal([program.module(*call)], [Taking()(*call)])
 
 
 def test_examples_come_as_a_tensor_a_sequence_a_mapping_or_both() -> None:
