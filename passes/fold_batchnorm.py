@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Exact
+from fxcompile.errors import FitError
 from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, shallow_copy
 from fxcompile.program import Program, shape_of
 from fxcompile.rewriting import Pass, Site, Skip
@@ -72,7 +73,7 @@ class FoldBatchNorm(Pass):
     whose outputs see different taps, only with t = 0. Padding that repeats the map (reflect, replicate, circular)
     repeats t as well. Several norms may fold into one layer. Between may stand what moves channels or averages inside
     them: flatten, transpose, average pooling, interpolation, dropout. A layer called several times, or one that shares
-    its weight, stays: it would have to be copied.
+    its weight, stays: it would have to be copied. So does one whose folded weight its dtype cannot hold.
     """
 
     name: ClassVar = "fold-batchnorm"
@@ -180,7 +181,7 @@ class _Search:
             return f"a channel of '{previous.target}' has several values and the norm another scale for each"
         if isinstance(layer, BATCH_NORMS):
             return None if previous in self.into else f"'{previous.target}' stays"
-        return self.unshared(previous, layer) or self.overflows(layer, norm)
+        return self.unshared(previous, layer)
 
     def nothing_behind(self, norm: fx.Node) -> str:
         """What stands before a norm, where that is no layer to fold into, or its output is used elsewhere too."""
@@ -207,7 +208,7 @@ class _Search:
             if isinstance(following, str) or layer.num_features != self.features(norm):
                 return f"'{name}' stays"
             return [*way.between, way.end, *following]
-        reason = self.unshared(way.end, layer) or self.overflows(layer, norm)
+        reason = self.unshared(way.end, layer)
         if reason is None and shifted and isinstance(layer, TRANSPOSED):
             reason = f"outputs of '{name}' see different taps, and so different parts of the norm's shift"
         if reason is None and shifted and pads_zeros(layer):
@@ -230,20 +231,20 @@ class _Search:
                 return f"'{node.target}' shares its weight with {others}"
         return None
 
-    def overflows(self, layer: Any, norm: fx.Node) -> str | None:
-        """Why the product of weight and scale may leave the range of the layer's dtype, or None."""
-        scale, shift = affine(self.program.layer(norm))
-        largest = max(float(layer.weight.detach().abs().max()) * float(scale.abs().max()), float(shift.abs().max()))
-        return None if largest < torch.finfo(layer.weight.dtype).max else "the folded weight would overflow"
-
 
 def with_weights(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A copy of the layer with other weights, rounded once to its dtype, that trains as far as the layer did."""
-    dtype = layer.weight.dtype
+    """A copy of the layer with other weights, rounded once to its dtype, that trains as far as the layer did.
+
+    Raises:
+        FitError: a number is too large for that dtype.
+    """
     made = shallow_copy(layer)
-    made.register_parameter("weight", nn.Parameter(weight.to(dtype), layer.weight.requires_grad))
     trains = layer.weight.requires_grad if layer.bias is None else layer.bias.requires_grad
-    made.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(dtype), trains))
+    for name, values, train in (("weight", weight, layer.weight.requires_grad), ("bias", bias, trains)):
+        rounded = None if values is None else values.to(layer.weight.dtype)
+        if rounded is not None and not bool(rounded.isfinite().all()):
+            raise FitError(f"the folded {name} would overflow {str(rounded.dtype).removeprefix('torch.')}")
+        made.register_parameter(name, None if rounded is None else nn.Parameter(rounded, train))
     return made
 
 
