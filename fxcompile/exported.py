@@ -13,11 +13,12 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from fxcompile.functional import Unfollowable
 from fxcompile.lowering import NoSpelling
 from fxcompile.program import output_node
-from fxcompile.refusals import model_frames, quiet_torch
+from fxcompile.refusals import current_line, model_frames, quiet_torch, text_at
 from fxcompile.signature import Signature, plain_containers
 
 _FRAMES = "_filter_traceback_frames", staticmethod(model_frames)
@@ -39,11 +40,20 @@ def quietly() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+class Assertions(TorchFunctionMode):
+    """Takes what a model asserts about values for true: it computes nothing, and it held when the model ran."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__ and text_at(current_line()).startswith("assert "):
+            return True
+        return func(*args, **(kwargs or {}))
+
+
 def export(model: nn.Module, signature: Signature) -> ExportedProgram:
     """Export a model, its batch free if that works."""
     args, kwargs = signature.call([tensor.clone() for tensor in signature.tensors])
     batch = _dynamic_batch(signature, args, kwargs)
-    with quietly(), _plain_output(model):
+    with quietly(), _plain_output(model), Assertions():
         if batch is not None:
             try:
                 return torch.export.export(model, args, kwargs, dynamic_shapes=batch, strict=False)

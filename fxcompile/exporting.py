@@ -7,11 +7,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx, nn
 
 from fxcompile.errors import EmitError
-from fxcompile.program import Program, flatten_tensors
+from fxcompile.program import Program, flatten_tensors, shape_of
 from fxcompile.tracing import one_line, quiet_torch
 
 
@@ -59,6 +60,32 @@ def is_expanded_zero(value: ir.Value | None) -> bool:
     return constant is not None and not constant.numpy().any()
 
 
+def give_attention_four_axes(module: fx.GraphModule) -> None:
+    """Let attention over other than [batch, heads, positions, width] run on that: the exporter knows no other."""
+    for node in module.graph.nodes:
+        source = node.args[0] if node.target is F.scaled_dot_product_attention else None
+        if isinstance(source, fx.Node) and len(shape_of(source) or ()) != 4:
+            node.target = attention
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`, all axes ahead of the last three taken for one batch."""
+    batch = query.shape[:-2]
+    key, value = (tensor.expand(*batch, *tensor.shape[-2:]) for tensor in (key, value))
+    if attn_mask is not None and attn_mask.dim() > 2:
+        attn_mask = with_four_axes(attn_mask.expand(*batch, *attn_mask.shape[-2:]))
+    query, key, value = with_four_axes(query), with_four_axes(key), with_four_axes(value)
+    made = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
+    return made.reshape(*batch, *made.shape[-2:])
+
+
+def with_four_axes(tensor: Tensor) -> Tensor:
+    """A tensor with the first axes merged into one, or axes of one put ahead of the last two."""
+    if tensor.dim() > 4:
+        return tensor.flatten(0, -4)
+    return tensor.reshape(*tensor.shape[:-2], *(1,) * (4 - tensor.dim()), *tensor.shape[-2:])
+
+
 def export(program: Program, opset: int | None) -> Any:
     """The program as an `onnx_ir` model, each node naming the program's node that it comes from.
 
@@ -66,6 +93,7 @@ def export(program: Program, opset: int | None) -> Any:
         EmitError: an operation has no ONNX form.
     """
     module = program.snapshot().module
+    give_attention_four_axes(module)
     for node in module.graph.nodes:
         node.meta["custom"] = {_NAME: node.name}
     examples, dims = [], []

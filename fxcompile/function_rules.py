@@ -671,6 +671,15 @@ def module_local_response_norm(self: Canonicaliser, node: fx.Node, module: nn.Lo
     return lower_local_response_norm(self, Call(node, "local_response_norm", args, {}))
 
 
+def lower_stft(self: Canonicaliser, call: Call) -> Any:
+    """`torch.stft` by keywords: `aten` has it without `center`, the arguments after that in other places."""
+    centred = call.schema is None or any(argument.name == "center" for argument in call.schema.arguments)
+    head, tail = "n_fft hop_length win_length window", "normalized onesided return_complex align_to_window"
+    bound = call.bind(f"{head} center pad_mode {tail}" if centred else f"{head} {tail}")
+    options = bound if centred else {**bound, "center": False}
+    return self.call(torch.stft, (call.source,), dict(sorted(options.items())), call.node)
+
+
 def lower_random(self: Canonicaliser, call: Call) -> Any:
     raise NoSpelling(call.node, "forward draws random numbers")
 
@@ -806,6 +815,7 @@ def register() -> None:
     rule("scaled_dot_product_attention")(lower_attention)
     rule("one_hot")(lower_one_hot)
     rule("local_response_norm")(lower_local_response_norm)
+    rule("stft")(lower_stft)
     rule(*spellings.RANDOM)(lower_random)
     rule(*spellings.TAKES_NUMBERS, *spellings.UNKNOWN_SHAPE)(lower_value_dependent)
     rule(*spellings.IDENTITIES)(lower_identity)
