@@ -15,9 +15,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
+from fxcompile.errors import TraceError
 from fxcompile.functional import Unfollowable
 from fxcompile.lowering import NoSpelling
 from fxcompile.program import output_node
+from fxcompile.reference import RESERVED
 from fxcompile.refusals import current_line, model_frames, quiet_torch, text_at
 from fxcompile.signature import Signature, plain_containers
 
@@ -109,7 +111,17 @@ def functionalised(exported: ExportedProgram) -> ExportedProgram:
 
 
 def module_of(exported: ExportedProgram) -> fx.GraphModule:
-    """The exported program as a graph module, weights as its attributes."""
+    """The exported program as a graph module, weights as its attributes.
+
+    Raises:
+        TraceError: a part has a name that no graph module can hold.
+    """
+    for name in exported.state_dict:
+        if name.partition(".")[0] in RESERVED:
+            raise TraceError(
+                f"the exported program has a part '{name}', and torch runs none of that name",
+                mend="rename it in the model and export that again",
+            )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

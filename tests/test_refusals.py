@@ -1,6 +1,8 @@
 """A model that cannot be followed is refused with the line of its code that is to blame, and what to write there."""
 
+import contextlib
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +138,19 @@ def test_what_no_tracer_follows_is_refused_by_name(name: str) -> None:
     assert problem in caught.value.problem
 
 
+def test_what_an_export_left_behind_is_refused_by_name() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.features = m.conv(x)
+        return m.features.relu()
+
+    model = model_of(forward).eval()
+    with contextlib.redirect_stderr(None), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.export(model, (example(),), strict=False)
+    with pytest.raises(TraceError, match=r"tensor 'features': it is a fake tensor that torch\.export left there"):
+        trace(model, example())
+
+
 class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -210,6 +225,20 @@ def test_an_exported_program_is_refused_with_the_line_it_was_exported_from() -> 
     with pytest.raises(TraceError, match="picks out as its result depends on values") as caught:
         trace(program)
     assert caught.value.place == f"{__file__}:{first + len(lines) - 1}"
+
+
+def test_an_exported_program_with_a_part_that_torch_cannot_run_is_refused() -> None:
+    class Graph(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.graph = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+            return self.graph(self.conv(x))
+
+    program = torch.export.export(Graph().eval(), (example(),), strict=False)
+    with pytest.raises(TraceError, match=r"has a part 'graph\.weight', and torch runs none of that name; rename it"):
+        trace(program)
 
 
 def test_a_layer_of_torch_that_is_to_blame_is_not_taken_for_a_line_of_the_caller() -> None:

@@ -198,6 +198,21 @@ def test_an_exported_program_needs_no_examples(free: bool) -> None:
     assert_equal(program.outputs(image(7, 3, 6, 5)), [net(image(7, 3, 6, 5)).detach()])
 
 
+def test_an_output_that_is_no_function_of_the_input_does_not_fix_the_batch() -> None:
+    class Anchored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.anchors = nn.Conv2d(3, 4, 3), nn.Parameter(torch.rand(9, 4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.conv(x), self.anchors
+
+    net = Anchored().double()
+    program = trace(exported(net, (image(),), dynamic=False))
+    assert program.batch_is_free
+    assert_equal(program.outputs(image(5, 3, 6, 5)), [net.conv(image(5, 3, 6, 5)).detach(), net.anchors.detach()])
+
+
 class Fixed(nn.Module):
     """Takes two samples and gives their difference."""
 
