@@ -46,8 +46,9 @@ class Assertions(TorchFunctionMode):
     """Takes what a model asserts about values for true: it computes nothing, and it held when the model ran."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__bool__ and text_at(current_line()).startswith("assert "):
-            return True
+        line = text_at(current_line()) if func is Tensor.__bool__ else ""
+        if line.startswith("assert "):
+            return not line.startswith("assert not ")
         return func(*args, **(kwargs or {}))
 
 

@@ -201,6 +201,13 @@ def checked_by_type(self: Any, x: Tensor | list[Tensor]) -> Tensor:
 
 
 @model(image())
+def values_asserted(self: Any, x: Tensor) -> Tensor:
+    assert (x.abs() < 100).all(), "not normalised"
+    assert not torch.isnan(x).any()
+    return self.conv(x)
+
+
+@model(image())
 def cached_grid(self: Any, x: Tensor) -> Tensor:
     if getattr(self, "grid", None) is None or self.grid.shape[0] != x.shape[2]:
         self.grid = torch.linspace(0, 1, x.shape[2], dtype=x.dtype)[:, None]
