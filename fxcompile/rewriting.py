@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, fx, nn
 
@@ -182,12 +181,3 @@ def describe_layer(layer: nn.Module) -> str:
     if isinstance(layer, nn.Linear):
         return f"{kind} {layer.in_features}->{layer.out_features}"
     return kind
-
-
-def dtype_of_layers(layers: Sequence[nn.Module]) -> torch.dtype:
-    """The floating dtype of the layers' parameters, float32 where they have none."""
-    for layer in layers:
-        for tensor in layer.parameters():
-            if tensor.is_floating_point():
-                return tensor.dtype
-    return torch.float32
