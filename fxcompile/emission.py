@@ -22,9 +22,9 @@ from fxcompile.exporting import export
 from fxcompile.files import check_writable, publish, scratch_beside
 from fxcompile.onnxfile import OnnxFile, write_onnx
 from fxcompile.program import Program
+from fxcompile.refusals import one_line
 from fxcompile.report import FileReport
 from fxcompile.simplifying import OPAQUE_BYTES, SIMPLIFICATIONS, put_metadata, simplify
-from fxcompile.tracing import one_line
 from fxcompile.verification import Broken, Case, Inputs, cases, compare_noisy, search
 
 if TYPE_CHECKING:

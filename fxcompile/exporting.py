@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxcompile.errors import EmitError
 from fxcompile.program import Program, flatten_tensors, shape_of
-from fxcompile.tracing import one_line, quiet_torch
+from fxcompile.refusals import one_line, quiet_torch
 
 
 class _Flat(nn.Module):

@@ -17,7 +17,7 @@ import onnx
 from fxcompile.errors import EmitError
 from fxcompile.onnxfile import OnnxFile, read_weights
 from fxcompile.program import ORIGIN, Program
-from fxcompile.tracing import one_line
+from fxcompile.refusals import one_line
 
 OPAQUE_BYTES = 100_000_000
 """Bytes of weights above which the simplifier does not see their values, to keep them in memory once."""

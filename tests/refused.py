@@ -70,9 +70,10 @@ def while_loop(m: Any, x: Tensor) -> Tensor:
 
 
 @refused(BRANCH)
-def check(m: Any, x: Tensor) -> Tensor:
+def guard(m: Any, x: Tensor) -> Tensor:
     y = m.conv(x)
-    assert y.isfinite().all() and not (y == 0).all()  # here
+    if torch.isnan(y).any():  # here
+        raise ValueError("not finite")
     return y
 
 
