@@ -1,0 +1,179 @@
+"""Measure what compiling costs: growth with the number of layers, against the exporter, and memory. See tools/bench.
+
+Each network is compiled by the fxcompile command in a process of its own; times of stages come from its JSON report,
+the peak of memory from the operating system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from networks import SIZE, UNITS, network, resnet152
+from rich.console import Console
+from rich.table import Table
+
+TOOLS = Path(__file__).parent
+EXACT = "fold-batchnorm, eliminate-identity"
+PIPELINE = f"{EXACT}, stack-kernels"
+SIZES = (100, 1000, 5000)
+GROWING = ("fold-batchnorm", "eliminate-identity", "stack-kernels", "analysis")
+"""Stages that may grow no faster than n log n."""
+MARGIN = 1.5
+"""What noise may add to the growth of one stage between two sizes, each measured once."""
+SHORT = 0.05
+"""Seconds below which a stage's growth says nothing."""
+TIMES_THE_MODEL = 4
+
+
+@dataclass
+class Run:
+    """One compilation.
+
+    Attributes:
+        name: of the network.
+        layers: how many it has.
+        model_bytes: of its weights in the file.
+        peak_bytes: the most memory that the process held.
+        seconds: time by stage, from the report.
+    """
+
+    name: str
+    layers: int
+    model_bytes: int
+    peak_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def export(self) -> float:
+        return self.seconds["export"]
+
+
+def peak_of(command: list[str]) -> int:
+    """Run a command to its end; the most memory it held, in bytes."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"error: exit code {process.returncode} of: {' '.join(command)}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def python(code: str) -> list[str]:
+    """The command that runs Python code."""
+    return [sys.executable, "-c", code]
+
+
+def compiled(name: str, made: torch.nn.Module, factory: str, shape: str, passes: str, folder: Path) -> Run:
+    """Write a network's weights, compile them with the command, and read its report."""
+    weights, report = folder / f"{name}.pt", folder / f"{name}.json"
+    torch.save(made.state_dict(), weights)
+    source = folder / "factory.py"
+    source.write_text(
+        f"import sys\nsys.path.insert(0, {str(TOOLS)!r})\nfrom networks import *\n\ndef make():\n    return {factory}\n"
+    )
+    arguments = [str(weights), "--model", f"{source}:make", "--input-shape", shape, "--passes", passes,
+                 "-o", str(folder / f"{name}.onnx"), "--report", str(report), "--quiet"]  # fmt: skip
+    layers = sum(1 for module in made.modules() if not any(True for _ in module.children()))
+    size = weights.stat().st_size
+    del made
+    peak = peak_of([*python("from fxcompile.cli import main; main()"), *arguments])
+    return Run(name, layers, size, peak, json.loads(report.read_text())["seconds"])
+
+
+def growth_faults(runs: list[Run]) -> list[str]:
+    """Where a stage grows faster than n log n from one size to the next, a sentence each."""
+    faults = []
+    for small, large in pairwise(runs):
+        allowed = MARGIN * large.layers * math.log(large.layers) / (small.layers * math.log(small.layers))
+        for stage in GROWING:
+            before, after = max(small.seconds.get(stage, 0.0), SHORT), large.seconds.get(stage, 0.0)
+            if after > allowed * before:
+                faults.append(
+                    f"{stage} grows {after / before:.1f} times from {small.name} to {large.name}, "
+                    f"n log n with a margin would be {allowed:.1f}"
+                )
+    return faults
+
+
+def export_faults(run: Run) -> list[str]:
+    """Whether all that is not the exporter's takes longer than the exporter."""
+    rest = run.total - run.export
+    return [] if rest < run.export else [f"{run.name}: {rest:.1f} s beside {run.export:.1f} s of torch.onnx.export"]
+
+
+def memory_faults(run: Run, base: int) -> list[str]:
+    """Whether the process held too much."""
+    limit = base + TIMES_THE_MODEL * run.model_bytes
+    if run.peak_bytes < limit:
+        return []
+    return [f"{run.name}: {run.peak_bytes / 1e6:.0f} MB at the peak, the limit is {limit / 1e6:.0f} MB"]
+
+
+def show(console: Console, runs: list[Run]) -> None:
+    """A column for each run, a row for each stage."""
+    table = Table(box=None, pad_edge=False, header_style="")
+    table.add_column("seconds")
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    for stage in dict.fromkeys(stage for run in runs for stage in run.seconds):
+        table.add_row(stage, *(f"{run.seconds.get(stage, 0.0):.2f}" for run in runs))
+    table.add_row("total", *(f"{run.total:.2f}" for run in runs))
+    table.add_row("peak MB", *(f"{run.peak_bytes / 1e6:.0f}" for run in runs))
+    console.print(table, highlight=False)
+    console.print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="up to 1,000 layers only")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    options = parser.parse_args()
+    console, faults, every = Console(), [], []
+    sizes = SIZES[:-1] if options.quick else SIZES
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for shape in UNITS:
+            runs = []
+            for layers in sizes:
+                made = network(shape, layers)
+                code = f"network({shape!r}, {layers})"
+                runs.append(compiled(f"{shape}-{layers}", made, code, f"2x3x{SIZE}x{SIZE}", PIPELINE, folder))
+            show(console, runs)
+            faults += growth_faults(runs)
+            every += runs
+        base = peak_of(python("import torch"))
+        run = compiled("resnet-152", resnet152(), "resnet152()", "1x3x224x224", EXACT, folder)
+        every.append(run)
+    show(console, [run])
+    rest = run.total - run.export
+    console.print(f"all but torch.onnx.export: {rest:.1f} s, {rest / run.export:.2f} of what that takes")
+    held = (run.peak_bytes - base) / run.model_bytes
+    size = run.model_bytes
+    console.print(
+        f"memory: import torch {base / 1e6:.0f} MB, above it {held:.2f} times the {size / 1e6:.0f} MB of the model"
+    )
+    faults += export_faults(run) + memory_faults(run, base)
+    if options.json is not None:
+        figures = {"import_torch_bytes": base, "runs": [asdict(item) for item in every], "faults": faults}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    for fault in faults:
+        console.print(f"missed: {fault}", soft_wrap=True)
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
