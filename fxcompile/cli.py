@@ -127,7 +127,7 @@ _compile_options = with_options(
     seed_option,
     click.option("--dynamic", metavar="batch|none|NAME=AXES", multiple=True,
                  help="Input dimensions that stay free, as image=0,2,3 once for each input  [default: batch]"),
-    click.option("--opset", type=int, metavar="N", help="The ONNX opset  [default: the exporter's]"),
+    click.option("--opset", type=int, metavar="N", help="The ONNX opset, 18 to 24  [default: the exporter's]"),
     click.option("--dump-dir", type=path_type, metavar="DIR",
                  help="A folder for the graph after each pass, as readable text."),
     report_options,

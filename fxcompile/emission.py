@@ -16,6 +16,7 @@ import onnx
 import torch
 from google.protobuf.message import DecodeError
 
+from fxcompile.calibration import InputSpec
 from fxcompile.cost import program_cost
 from fxcompile.errors import EmitError, UsageError, did_you_mean
 from fxcompile.exporting import export
@@ -168,7 +169,19 @@ def with_dynamic(program: Program, dynamic: Dynamic) -> Program:
         if 0 in wanted and known[name].batch_axis is None:
             raise UsageError(f"the batch of input '{name}' cannot stay free", mend="; ".join(program.notes) or None)
         specs[name] = replace(known[name], batch_axis=0 if 0 in wanted else None, dynamic_axes=frozenset(wanted - {0}))
+    batched = [name for name, spec in known.items() if spec.batch_axis is not None]
+    fixed = [name for name in batched if specs[name].batch_axis is None]
+    if fixed and len(fixed) < len(batched):
+        both = " ".join(f"--dynamic {name}={axes_text(specs[name])}" for name in batched)
+        raise UsageError(
+            f"inputs {', '.join(batched)} share their batch, and --dynamic frees it in some", mend=f"give {both}"
+        )
     return replace(program, inputs=tuple(specs.values()))
+
+
+def axes_text(spec: InputSpec) -> str:
+    """The free axes of an input with a free batch, as --dynamic takes them."""
+    return ",".join(map(str, sorted({0, *spec.dynamic_axes})))
 
 
 def check_model(file: OnnxFile, path: Path) -> None:

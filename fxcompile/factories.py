@@ -63,7 +63,9 @@ def _import(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise UsageError(
-                f"there is no module '{error.name}'", place="--model", mend="run from its folder, or name its .py file"
+                f"there is no module '{error.name}'",
+                place="--model",
+                mend="install it here, run from its folder, or name its .py file",
             ) from None
         raise _raised(f"importing '{name}'", error) from None
     except (Exception, SystemExit) as error:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxcompile.calibration import as_calibration
 from fxcompile.cost import program_cost
 from fxcompile.dumping import Dumps
+from fxcompile.errors import UsageError
 from fxcompile.pipeline import format_pipeline, parse_pipeline
 from fxcompile.program import FEATURE, Program
 from fxcompile.report import Report
@@ -96,6 +97,10 @@ class PassManager:
         progress: Progress = silent,
     ) -> None:
         self.passes = parse_pipeline(passes) if isinstance(passes, str) else list(passes)
+        for item in self.passes:
+            if not isinstance(item, Pass):
+                name = getattr(item, "__name__", type(item).__name__)
+                raise UsageError(f"{name} is no pass", mend=f"give an instance, {name}(), or pipeline text")
         self.calibration = calibration
         self.verify = verify
         self.verify_examples = verify_examples
@@ -110,7 +115,11 @@ class PassManager:
             ContractError: a pass broke its contract and `verify` is "raise"; names pass, site and smallest input.
             RewriteError: a pass gave a replacement that does not fit.
             CalibrationError: the calibration data does not fit the program's inputs.
+            UsageError: what is given is no program.
         """
+        if not isinstance(program, Program):
+            name = type(program).__name__
+            raise UsageError(f"{name} is no program", mend="trace the model first: fxc.trace(model, example_inputs)")
         watch = Stopwatch(program.seconds)
         with watch.stage("analysis"):
             run = self.start(program, model, watch)

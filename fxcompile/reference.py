@@ -37,7 +37,10 @@ class Reference:
         self.signature = signature
         self.examples = signature.tensors
         if not self.examples:
-            raise TraceError("no tensor among the example inputs", mend="give the tensors that forward takes")
+            raise TraceError(
+                "no tensor among the example inputs",
+                mend="give the tensors that forward takes, torch.randn(1, 3, 224, 224) say, or torch.from_numpy",
+            )
         module = model if isinstance(model, nn.Module) else None
         watch = Watch({memory(tensor) for _, tensor in own_tensors(module)})
         before = versions(module)
@@ -48,7 +51,7 @@ class Reference:
             raise TraceError(
                 f"the model fails on the example inputs {signature.describe()}: {one_line(error)}",
                 place=user_line(error) or definition(module),
-                mend="give the inputs that forward takes",
+                mend="give the inputs that forward takes, with their batch axis (--input-shape 1x3x224x224)",
             ) from error
         self.output, self.output_names = plain_containers(output), output_names(output)
         self.suspects = watch.suspects

@@ -18,7 +18,10 @@ STATE = "forward updates the model's own tensor", "compute the new value and ret
 SHAPE = "gives as its result depends on values", "use an operation whose result always has the same shape"
 MASK = "picks out as its result depends on values", SHAPE[1]
 VIEW = "writes in place to memory that another view reads", "use the out-of-place form of that operation"
-FAILS = "the model fails on the example inputs (x: 2x3x5x6 float32)", "give the inputs that forward takes"
+FAILS = (
+    "the model fails on the example inputs (x: 2x3x5x6 float32)",
+    "give the inputs that forward takes, with their batch axis (--input-shape 1x3x224x224)",
+)
 
 REFUSED: dict[str, tuple[Callable[..., Any], str, str]] = {}
 """By name: the forward, what is said of it, and what mends it."""

@@ -239,3 +239,9 @@ def test_a_bias_of_zeros_stays_a_bias(tmp_path: Path) -> None:
     PassManager("").run(trace(conv, torch.randn(2, 2, 4, 4))).save_onnx(tmp_path / "conv.onnx")
     (node,) = onnx.load(tmp_path / "conv.onnx").graph.node
     assert len(node.input) == 3
+
+
+def test_a_batch_that_inputs_share_is_free_in_all_of_them_or_in_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"image, mask share their batch.*; give --dynamic image=0,2 --dynamic mask=0"):
+        compiled().save_onnx(tmp_path / "model.onnx", dynamic={"image": (0, 2)})
+    assert not list(tmp_path.iterdir())

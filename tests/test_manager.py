@@ -8,11 +8,11 @@ from typing import ClassVar
 import pytest
 import torch
 from fxcompile.passes import EliminateIdentity, FoldBatchNorm
-from torch import nn
+from torch import Tensor, nn
 
 from fxcompile.contracts import Approximate, Exact
 from fxcompile.dumping import dump
-from fxcompile.errors import ContractError, RewriteError
+from fxcompile.errors import ContractError, RewriteError, UsageError
 from fxcompile.fitting import with_parameters
 from fxcompile.manager import PassManager
 from fxcompile.patches import weight_matrix
@@ -258,3 +258,36 @@ def test_an_empty_pipeline_changes_nothing(program: Program) -> None:
     result = PassManager("").run(program)
     assert result.record.passes == []
     assert result.record.before == result.record.after
+
+
+def test_what_is_no_pass_and_no_program_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match=r"FoldBatchNorm is no pass; give an instance, FoldBatchNorm\(\)"):
+        PassManager([FoldBatchNorm])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match=r"Linear is no program; trace the model first"):
+        PassManager("").run(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_the_error_of_a_pass_is_that_of_the_worst_output() -> None:
+    """Boxes a thousand times larger than scores do not hide what becomes of the scores."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores, self.boxes = nn.Conv2d(3, 4, 5, padding=2), nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.scores(x), 1000 * self.boxes(x)
+
+    torch.manual_seed(0)
+    model, data = Head().eval(), torch.randn(16, 3, 9, 9)
+    result = PassManager("stack-kernels(rank=0.3)", calibration=data).run(trace(model, data[:2]))
+    report = result.report().passes[0]
+    assert report.error == pytest.approx(report.sites[0].error)
+    assert report.error > 0.05  # type: ignore[operator]
+
+
+def test_a_glob_that_matches_no_layer_is_noted() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2)).eval()
+    record = PassManager("stack-kernels(skip=[nothere], only=[0])").run(trace(model, torch.randn(2, 3, 9, 9))).report()
+    (note,) = [note for note in record.notes if "skip" in note]
+    assert note.startswith("stack-kernels: skip=nothere matches no layer")

@@ -191,7 +191,7 @@ def test_examples_that_the_model_does_not_take_are_shown(name: str) -> None:
     assert caught.value.problem.startswith(f"the model fails on the example inputs {shown}: ")
     called = name in ("two for one", "another name")
     assert caught.value.place == (defined_at(Plain) if called else defined_at(Plain).replace(*next_line(Plain)))
-    assert caught.value.mend == "give the inputs that forward takes"
+    assert caught.value.mend == "give the inputs that forward takes, with their batch axis (--input-shape 1x3x224x224)"
 
 
 def next_line(kind: type[nn.Module]) -> tuple[str, str]:
