@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
-from fxcompile import spellings
 from fxcompile.errors import TraceError
 from fxcompile.program import flatten_tensors
-from fxcompile.refusals import current_line, definition, one_line, text_at, user_line
+from fxcompile.refusals import definition, one_line, text_at, user_line
 from fxcompile.signature import Signature, output_names, plain_containers
 from fxcompile.verification import random_like
+from fxcompile.watching import Watch, memory
 
 
 class Reference:
@@ -44,6 +43,7 @@ class Reference:
         module = model if isinstance(model, nn.Module) else None
         watch = Watch({memory(tensor) for _, tensor in own_tensors(module)})
         before = versions(module)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()} if module is not None else {}
         try:
             with watch:
                 output = self._call(self.examples)
@@ -55,7 +55,12 @@ class Reference:
             ) from error
         self.output, self.output_names = plain_containers(output), output_names(output)
         self.suspects = watch.suspects
-        self._refuse_updates(module, before, watch.writes)
+        if module is not None:
+            # Batch norms write to their statistics without counting a version.
+            changed = {name for name, version in versions(module).items() if before.get(name) != version}
+            now = dict(module.named_buffers())
+            changed |= {name for name, held in buffers.items() if name in now and not same_values(held, now[name])}
+            self._refuse_updates(module, changed, watch.writes)
         if not flatten_tensors(self.output):
             what = type(self.output).__name__
             raise TraceError(
@@ -64,17 +69,14 @@ class Reference:
                 mend="return the tensors that shall be the outputs",
             )
 
-    def _refuse_updates(
-        self, module: nn.Module | None, before: dict[str, tuple[int, ...]], writes: dict[object, str]
-    ) -> None:
+    def _refuse_updates(self, module: nn.Module, changed: set[str], writes: dict[object, str]) -> None:
         """A buffer that settles after one run is a cache; one that goes on changing is state."""
-        changed = [name for name, version in versions(module).items() if before.get(name) != version]
-        if not changed or module is None:
+        if not changed:
             return
         first = {name: tensor.clone() for name, tensor in own_tensors(module) if name in changed}
         self.run(self.examples)
         for name, tensor in own_tensors(module):
-            if name in first and (tensor.shape != first[name].shape or not torch.equal(tensor, first[name])):
+            if name in first and not same_values(tensor, first[name]):
                 atoms = name.split(".")
                 owners = [module.get_submodule(".".join(atoms[:depth])) for depth in range(len(atoms))]
                 keys = [*((id(owner), atom) for owner, atom in zip(owners, atoms, strict=True)), memory(tensor)]
@@ -114,78 +116,11 @@ class Reference:
         return made
 
 
-_VALUES = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "nonzero",
-           "masked_select", "unique"}  # fmt: skip
-
-
-class Watch(TorchFunctionMode):
-    """Notes the lines of a model that do what no graph can hold, while the model runs.
-
-    Args:
-        own: where the model's own tensors lie in memory.
-
-    Attributes:
-        suspects: the first line of each kind: "random", "value" (made a Python number), "write" (to the module).
-        writes: the first line that wrote to each of the model's tensors, by `memory`, or set an attribute of one of its
-            modules to a tensor or layer, by the module's id and the attribute's name.
-    """
-
-    def __init__(self, own: set[int]) -> None:
-        super().__init__()
-        self.own = own
-        self.suspects: dict[str, str] = {}
-        self.writes: dict[object, str] = {}
-
-    def __enter__(self) -> Watch:
-        set_attribute = self._set_attribute = nn.Module.__setattr__
-
-        def watched(module: nn.Module, name: str, value: Any) -> None:
-            if isinstance(value, (Tensor, nn.Module)):
-                self._note("write", (id(module), name))
-            set_attribute(module, name, value)
-
-        nn.Module.__setattr__ = watched  # type: ignore[method-assign,assignment]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        nn.Module.__setattr__ = self._set_attribute  # type: ignore[method-assign]
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = self._kind(getattr(func, "__name__", ""), args, kwargs or {})
-        if kind is not None:
-            self._note(kind, memory(args[0]) if kind == "write" else None)
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, kind: str, key: object) -> None:
-        if kind in self.suspects and (key is None or key in self.writes):
-            return
-        line = current_line()
-        if line is not None:
-            self.suspects.setdefault(kind, line)
-            if key is not None:
-                self.writes.setdefault(key, line)
-
-    def _kind(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
-        if name in _VALUES:
-            return "value"
-        bare = name.rstrip("_")
-        if bare in spellings.RANDOM or (bare in spellings.RANDOM_IN_TRAINING and kwargs.get("training")):
-            return "random"
-        in_place = name in ("__setitem__", "__set__") or (
-            name.startswith("__i") and name not in ("__int__", "__invert__", "__index__")
-        )
-        if in_place or (name.endswith("_") and not name.endswith("__")):
-            first = args[0] if args else None
-            if isinstance(first, Tensor) and first.layout == torch.strided and memory(first) in self.own:
-                return "write"
-        return None
-
-
-def memory(tensor: Tensor) -> int:
-    """Where a tensor's storage lies."""
-    return tensor.untyped_storage().data_ptr()
+def same_values(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN at the same places included."""
+    if torch.equal(ours, theirs) or not theirs.is_floating_point():
+        return torch.equal(ours, theirs)
+    return torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
 def own_tensors(module: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
@@ -245,11 +180,7 @@ class ModelState:
             for value in attributes.values()
             if isinstance(value, (dict, list, set))
         ]
-        self._buffers = [
-            (buffer, buffer.clone(), buffer._version)
-            for buffer in model.buffers()
-            if values and not buffer.is_inference()
-        ]
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if values and not buffer.is_inference()]
         self._parameters = [(parameter, parameter.detach()) for parameter in model.parameters() if values]
 
     def restore(self) -> None:
@@ -264,8 +195,8 @@ class ModelState:
             else:
                 container.update(content)
         with torch.no_grad():
-            for buffer, values, version in self._buffers:
-                if buffer._version != version:
+            for buffer, values in self._buffers:
+                if not same_values(buffer, values):
                     buffer.copy_(values)
         for parameter, own in self._parameters:
             if memory(parameter) != memory(own):

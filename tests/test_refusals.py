@@ -21,7 +21,8 @@ torch.set_num_threads(1)
 
 def model_of(function: Callable[..., Any]) -> nn.Module:
     torch.manual_seed(0)
-    return Written(function, conv=nn.Conv2d(3, 4, 3), average=torch.zeros(1), count=0, seen=[], last=None, other=None)
+    attributes = {"average": torch.zeros(1), "mean": torch.zeros(4), "var": torch.ones(4), "count": 0, "seen": []}
+    return Written(function, conv=nn.Conv2d(3, 4, 3), **attributes, last=None, other=None)
 
 
 def example() -> Tensor:
