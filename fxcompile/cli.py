@@ -210,7 +210,7 @@ def compile_command(
             result = manager.run(program, model=model.name)
             del program
             gc.collect()  # the weights before the passes: writing needs memory for two copies of those after them
-            progress("writing", 0, 1)
+            progress("exporting, checking and writing", 0, 1)
             record = result.save_onnx(output, dynamic=free, opset=opset, verify=verify != "off")
         as_text = json.dumps(record.as_dict(), indent=2, allow_nan=False)
         if report_file is not None:

@@ -165,7 +165,8 @@ def _costs(before: Cost, after: Cost) -> tuple[str, str, str]:
 
 
 def _change(before: int, after: int) -> str:
-    return short(before) if before == after else f"{short(before)} > {short(after)}"
+    old, new = short(before), short(after)
+    return old if old == new else f"{old} > {new}"
 
 
 def _savings(before: Cost, after: Cost) -> str:

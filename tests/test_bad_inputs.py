@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -39,6 +40,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from fxcompile.cli import main
+from fxcompile.errors import FxcompileError
 
 NETS = """
 import os, sys
@@ -505,3 +507,62 @@ def test_bad_inputs_are_refused_in_one_sentence(name: str, capfd: pytest.Capture
     case = CASES[name]
     case.make()
     refused(capfd, case.split(), case.code, case.words)
+
+
+IN_A_PROCESS = ("model: truncated pt2", "model: pickled state dict", "factory: raises", "passes: unknown pass",
+                "output: missing folder", "flag: unknown command")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_A_PROCESS)
+def test_a_process_says_and_returns_the_same(name: str) -> None:
+    case = CASES[name]
+    case.make()
+    before = files()
+    command = [sys.executable, "-c", "from fxcompile.cli import main; main()", *case.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (case.code, "")
+    assert done.stderr.startswith("fxcompile: ")
+    assert done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in case.words.split("|"))
+    assert files() == before
+
+
+DAMAGED = {
+    "net.pt2": ["net.pt2"],
+    "weights.pt": ["weights.pt", "--model", "nets:Net", "--input-shape", "1x3x8x8"],
+    "weights.safetensors": ["weights.safetensors", "--model", "nets:Net", "--input-shape", "1x3x8x8"],
+    "calibration.npz": ["net.pt2", "--calibration", "calibration.npz"],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_files_damaged_at_random_are_refused_or_read_but_never_break_it(
+    name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte changed, lost or added, most often near the start, where headers are."""
+    made = Path(name).read_bytes()
+    random = np.random.default_rng(0)
+    monkeypatch.setattr("fxcompile.manager.PassManager.run", unreached)
+    refusals = 0
+    for _ in range(30):
+        damaged = bytearray(made)
+        place = int(random.integers(400 if random.random() < 0.6 else len(made)))
+        how = random.integers(3)
+        damaged[place : place + int(how < 2)] = bytes(random.integers(256, size=int(how > 0)).astype("u1"))
+        Path(name).write_bytes(damaged)
+        with pytest.raises(SystemExit) as left:
+            main([*DAMAGED[name], "-o", "old.onnx"])
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1
+        assert "internal error" not in printed.err
+        refusals += "could be read" not in printed.err
+        assert left.value.code == 1
+    assert refusals > 10
+    assert not Path(MARKER).exists()
+    assert Path("old.onnx").read_bytes() == b"old"
+
+
+def unreached(*_: object, **__: object) -> None:
+    """In place of the work that a file brings which is still good."""
+    raise FxcompileError("it could be read")

@@ -67,7 +67,9 @@ _make_venv() {
     base=$(_find_python)
     if [[ -e $venv || -L $venv ]]; then
         say "making .venv anew: it is unfinished or broken"
-        rm -rf -- "$venv" || fail "$venv is broken and cannot be removed; remove it by hand and run this again"
+        # Under another name first: what is left of it where this is stopped half-way must not look like a whole one.
+        rm -rf -- "$venv-broken" && mv -- "$venv" "$venv-broken" && rm -rf -- "$venv-broken" ||
+            fail "$venv is broken and cannot be removed; remove it by hand and run this again"
     fi
     if ! "$base" -m venv "$venv" </dev/null >"$log" 2>&1; then
         rm -rf -- "$venv"

@@ -1,0 +1,38 @@
+"""What pip installs: every package and its types, the command, and each pass under its name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import tomllib
+from pathlib import Path
+
+from fxcompile.rewriting import Pass
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUP = PROJECT["tool"]["setuptools"]
+
+
+def test_every_package_is_installed_with_its_types() -> None:
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts): path.parent for path in ROOT.glob("fxcompile/**/__init__.py")
+    }
+    found["fxcompile.passes"] = ROOT / "passes"
+    assert set(SETUP["packages"]) == set(found)
+    for name, folder in found.items():
+        assert SETUP["package-data"][name] == ["py.typed"]
+        assert (folder / "py.typed").read_bytes() == b""
+        assert Path(str(importlib.import_module(name).__file__)).parent.name == folder.name
+
+
+def test_every_pass_in_the_folder_is_an_entry_point() -> None:
+    entries = PROJECT["project"]["entry-points"]["fxcompile.passes"]
+    found = {}
+    for path in sorted((ROOT / "passes").glob("[a-z]*.py")):
+        module = importlib.import_module(f"fxcompile.passes.{path.stem}")
+        for name, item in inspect.getmembers(module, inspect.isclass):
+            if issubclass(item, Pass) and item is not Pass and item.__module__ == module.__name__:
+                found[item.name] = f"{module.__name__}:{name}"
+    assert entries == found
+    assert PROJECT["project"]["scripts"] == {"fxcompile": "fxcompile.cli:main"}
