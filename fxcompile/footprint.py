@@ -53,5 +53,9 @@ def _by_axis(layer: Any) -> Sequence[tuple[int, int, int]]:
     padding = (0,) * len(layer.kernel_size) if isinstance(layer.padding, str) else layer.padding
     sizes = zip(layer.kernel_size, layer.dilation, layer.stride, padding, strict=True)
     if isinstance(layer, TRANSPOSED):
-        return [(math.ceil(step * (size - 1) / stride), 1, 0) for size, step, stride, _ in sizes]
+        # its padding cuts so many pixels off each side of what it makes
+        return [
+            (math.ceil(step * (size - 1) / stride), 1, math.ceil(2 * pad / stride) + 1 if pad else 0)
+            for size, step, stride, pad in sizes
+        ]
     return [(step * (size - 1), stride, pad) for size, step, stride, pad in sizes]

@@ -102,3 +102,14 @@ def test_what_is_wrong_at_the_border_of_a_large_map_is_found_at_its_site() -> No
     program = fxc.trace(model, torch.randn(2, 2, 96, 96))
     with pytest.raises(ContractError, match=r"layer '0'.*breaks its contract"):
         fxc.PassManager([OtherBorder()], verify_examples=1).run(program)
+
+
+def test_a_transposed_layer_that_cuts_off_more_than_it_makes_of_two_pixels_gets_more_of_them() -> None:
+    """(2 - 1) * 2 - 2 * 2 + 1 < 0 pixels would come out."""
+    layer = nn.ConvTranspose2d(1, 1, (1, 3), stride=2, padding=2, dilation=2)
+    size = enough_pixels([layer])
+    assert size is not None
+    assert min(layer(torch.zeros(1, 1, *size)).shape[2:]) >= 3
+    model = nn.Sequential(layer, nn.BatchNorm2d(1)).eval()
+    (site,) = fxc.PassManager("fold-batchnorm").run(fxc.trace(model, torch.randn(2, 1, 6, 6))).report().passes[0].sites
+    assert site.outcome == "kept"
