@@ -15,6 +15,7 @@ import math
 import pickle
 import re
 import threading
+import typing
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -100,7 +101,7 @@ def _load_untrusted(stream: IO[bytes]) -> ExportedProgram:
         ) from None
     reader = _checked_reader(base)(stream)
     names = reader.get_file_names()
-    with _guard(sinks):
+    with _guard([*sinks, (typing, "get_type_hints", _remembering(typing.get_type_hints))]):
         (program,) = load(reader, names, None).values()
     if not isinstance(program, ExportedProgram):
         raise ReadError("it holds no exported program", mend=_AGAIN)
@@ -228,6 +229,20 @@ def _arithmetic(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(value, *args, **kwargs)
 
     return sympify
+
+
+def _remembering(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The types of a class's fields, which torch works out anew for every object that it reads: a third of the time."""
+    known: dict[Any, Any] = {}
+
+    def get_type_hints(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_guarded():
+            return original(kind, *args, **kwargs)
+        if kind not in known:
+            known[kind] = original(kind, *args, **kwargs)
+        return known[kind]
+
+    return get_type_hints
 
 
 def _refusing_import(name: str, package: str | None = None) -> Any:

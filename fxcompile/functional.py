@@ -88,6 +88,7 @@ class Observer(fx.Interpreter):
         self.renamed: list[tuple[fx.Node, fx.Node]] = []
         self.writers: list[fx.Node] = []
         self.own: dict[int, str] = {}
+        self._lying: dict[int, list[fx.Node]] = {}  # by place in memory, the nodes whose values lay there
 
     def run_node(self, n: fx.Node) -> Any:
         outputs = outputs_given(n)
@@ -102,7 +103,10 @@ class Observer(fx.Interpreter):
         if isinstance(before, Tensor) and isinstance(value, Tensor) and written_name(n) not in _CHANGES_SHAPE:
             self._check_dtype(n, before)
         if n.op == "get_attr" and isinstance(value, Tensor):
-            self.own[value.untyped_storage().data_ptr()] = str(n.target)
+            self.own[memory(value)] = str(n.target)
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, Tensor) and item.layout == torch.strided:
+                self._lying.setdefault(memory(item), []).append(n)
         record_shape(n, value)
         if is_plain(value):
             n.meta[VALUE] = value
@@ -110,16 +114,19 @@ class Observer(fx.Interpreter):
 
     def _note_write(self, node: fx.Node, written: fx.Node, tensor: Tensor) -> None:
         name = written_name(node)
-        own = self.own.get(tensor.untyped_storage().data_ptr())
+        own = self.own.get(memory(tensor))
         if own is not None and name not in _CHANGES_SHAPE:
             raise Unfollowable(node, f"forward updates the model's own tensor '{own}'")
         if name in _UNSUPPORTED:
             raise Unfollowable(node, f"'{name}' gives a tensor other memory")
         now = self.order[node]
-        for other, value in self.env.items():
+        alive = [other for other in dict.fromkeys(self._lying.get(memory(tensor), ())) if other in self.env]
+        self._lying[memory(tensor)] = alive
+        for other in alive:
             read_later = any(self.order[user] > now for user in other.users)
             if not read_later:
                 continue
+            value = self.env[other]
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if not isinstance(item, Tensor) or not shares_memory(item, tensor):
                     continue
@@ -172,9 +179,14 @@ def is_plain(value: Any) -> bool:
     )
 
 
+def memory(tensor: Tensor) -> int:
+    """Where a tensor's storage lies."""
+    return tensor.untyped_storage().data_ptr()
+
+
 def shares_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors lie in the same storage."""
-    return a.numel() > 0 and b.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return a.numel() > 0 and b.numel() > 0 and memory(a) == memory(b)
 
 
 def geometry(tensor: Tensor) -> tuple[object, ...]:

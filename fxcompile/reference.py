@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompile.errors import TraceError
+from fxcompile.functional import memory
 from fxcompile.program import flatten_tensors
 from fxcompile.refusals import definition, one_line, text_at, user_line
 from fxcompile.signature import Signature, output_names, plain_containers
 from fxcompile.verification import random_like
-from fxcompile.watching import Watch, memory
+from fxcompile.watching import Watch
 
 
 class Reference:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxcompile import spellings
+from fxcompile.functional import memory
 from fxcompile.refusals import current_line
 
 _VALUES = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "nonzero",
@@ -87,8 +88,3 @@ class Watch(TorchFunctionMode):
         if in_place or (name.endswith("_") and not name.endswith("__")):
             return args[0] if args else None
         return None
-
-
-def memory(tensor: Tensor) -> int:
-    """Where a tensor's storage lies."""
-    return tensor.untyped_storage().data_ptr()
