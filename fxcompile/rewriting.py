@@ -118,6 +118,8 @@ class Pass(BaseModel):
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
+    idempotent: ClassVar[bool] = False
+    """Whether the pass leaves its own result as it is: run twice, it does no more than run once."""
 
     only: tuple[str, ...] = Field((), description="globs of layer names: sites elsewhere are left")
     skip: tuple[str, ...] = Field((), description="globs of layer names to leave as they are")

@@ -110,7 +110,8 @@ class Run:
                 self.record.notes.append(data.note)
         splicer = Splicer(self.program)
         most = 2 if self.program.batch_is_free else 1
-        local = draw(cases(self.inputs.kinds(), most), SITE_CASES, self.seed)
+        drawn = self.examples and isinstance(pass_.promise, Exact)
+        local = draw(cases(self.inputs.kinds(), most), SITE_CASES, self.seed) if drawn else []
         reports = {
             id(item): SiteReport(item.name, "left", reason=item.reason) for item in found if isinstance(item, Skip)
         }

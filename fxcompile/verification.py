@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
+from hypothesis.database import ExampleDatabase
+from hypothesis.errors import Flaky
 from torch import Tensor, fx, nn
 
 from fxcompile.calibration import Calibration, InputSpec
@@ -17,8 +19,13 @@ from fxcompile.contracts import tolerance
 from fxcompile.layers import as_double, converted
 from fxcompile.program import Program, flatten_tensors
 
+Drawn = TypeVar("Drawn")
+
 KINDS = ("impulse", "constant", "calibration", "normal", "large", "tiny")
 """What an input can be, simplest first: Hypothesis shrinks towards one image with one non-zero pixel."""
+
+SCALES = {"normal": 1.0, "large": 1e3, "tiny": 1e-6}
+"""What the random kinds are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,7 @@ class Inputs:
             return value
         if case.kind == "constant":
             return torch.full(shape, 2.0 * case.position - 1.0, dtype=spec.dtype)
-        scale = {"large": 1e3, "tiny": 1e-6}.get(case.kind, 1.0)
-        return (random_like(example.double(), shape, generator) * scale).to(spec.dtype)
+        return (random_like(example.double(), shape, generator) * SCALES.get(case.kind, 1.0)).to(spec.dtype)
 
 
 def random_like(example: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -117,11 +123,17 @@ def random_like(example: Tensor, shape: Sequence[int], generator: torch.Generato
     if not example.is_floating_point() and not example.is_complex():
         low, high = (int(example.min()), int(example.max())) if example.numel() else (0, 1)
         return torch.randint(low, high + 1, list(shape), generator=generator).to(example.dtype)
+    mean, deviation = moments(example)
+    noise = torch.randn(list(shape), generator=generator, dtype=torch.float64)
+    return (noise * deviation + mean).to(example.dtype)
+
+
+def moments(example: Tensor) -> tuple[float, float]:
+    """Mean and deviation of an example's finite values; 1 for a deviation of 0."""
     values = example.double() if example.is_floating_point() else example.real.double()
     finite = values[values.isfinite()]
     mean, deviation = (float(finite.mean()), float(finite.std())) if finite.numel() > 1 else (0.0, 1.0)
-    noise = torch.randn(list(shape), generator=generator, dtype=torch.float64)
-    return (noise * (deviation if deviation > 0 else 1.0) + mean).to(example.dtype)
+    return mean, deviation if deviation > 0 else 1.0
 
 
 class Broken(Exception):
@@ -129,44 +141,55 @@ class Broken(Exception):
 
 
 def search(
-    check: Callable[[Case], None], strategy: st.SearchStrategy[Case], examples: int, seed: int
-) -> tuple[Case, str] | None:
-    """Draw cases until one makes `check` raise `Broken`, then shrink it.
+    check: Callable[[Drawn], None],
+    strategy: st.SearchStrategy[Drawn],
+    examples: int,
+    seed: int | None,
+    database: ExampleDatabase | None = None,
+    shrink: bool = True,
+) -> tuple[Drawn, str] | None:
+    """Draw values until one makes `check` raise `Broken`, then shrink it.
+
+    Args:
+        examples: how many to draw.
+        seed: of the draw; None leaves it to Hypothesis, its profile and `--hypothesis-seed`.
+        database: keeps what failed, to be tried first the next time.
+        shrink: look for a smaller value than the first one found.
 
     Returns:
-        The smallest case found and the evidence, or None where none of the examples broke anything.
+        The smallest value found and the evidence, or None where none of the examples broke anything.
     """
-    found: list[tuple[Case, str]] = []
+    found: list[tuple[Drawn, str]] = []
+    phases = {Phase.generate: True, Phase.shrink: shrink, Phase.reuse: database is not None}
 
-    @hypothesis.seed(seed)
     @hypothesis.settings(
         max_examples=max(examples, 1),
-        database=None,
+        database=database,
         deadline=None,
-        phases=(Phase.generate, Phase.shrink),
+        phases=[phase for phase, wanted in phases.items() if wanted],
         suppress_health_check=list(HealthCheck),
         print_blob=False,
         report_multiple_bugs=False,
         verbosity=hypothesis.Verbosity.quiet,
     )
     @hypothesis.given(strategy)
-    def run(case: Case) -> None:
+    def run(drawn: Drawn) -> None:
         try:
-            check(case)
+            check(drawn)
         except Broken as broken:
-            found.append((case, str(broken)))
+            found.append((drawn, str(broken)))
             raise
 
     try:
-        run()
-    except Broken:
+        (run if seed is None else hypothesis.seed(seed)(run))()
+    except (Broken, Flaky):  # flaky: what is checked is itself random, and the last case found is as good as any
         return found[-1]
     return None
 
 
-def draw(strategy: st.SearchStrategy[Case], examples: int, seed: int) -> list[Case]:
-    """Some different cases, the same for one seed, as `search` would draw them."""
-    drawn: list[Case] = []
+def draw(strategy: st.SearchStrategy[Drawn], examples: int, seed: int) -> list[Drawn]:
+    """Some different values, the same for one seed, as `search` would draw them."""
+    drawn: list[Drawn] = []
     search(drawn.append, strategy, examples, seed)
     return list(dict.fromkeys(drawn))
 

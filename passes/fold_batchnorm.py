@@ -78,6 +78,7 @@ class FoldBatchNorm(Pass):
 
     name: ClassVar = "fold-batchnorm"
     contract: ClassVar = Exact()
+    idempotent: ClassVar = True
 
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Each convolution or linear layer with the batch norms that fold into it; with reasons, those that stay."""

@@ -1,0 +1,410 @@
+"""Holds passes to their contracts on drawn networks; a failure shrinks, and prints a file that reproduces it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
+from torch import Tensor
+
+from fxcompile.contracts import Exact
+from fxcompile.errors import ContractError, FxcompileError
+from fxcompile.rewriting import Pass
+from fxcompile.testing import promises, structure
+from fxcompile.testing.growing import MOST_STEPS, Recipe, grow
+from fxcompile.testing.learning import learn, reason_of
+from fxcompile.testing.limits import accepted_outside, inside
+from fxcompile.testing.network import Network
+from fxcompile.testing.reproducing import reproducer
+from fxcompile.testing.shrinking import SIMPLEST, shrink
+from fxcompile.testing.strategies import STEP, Tape, tapes
+from fxcompile.testing.trial import Trial, calibration_of
+from fxcompile.verification import Broken, Case, Inputs, search
+
+Promise = Callable[[Trial], None]
+
+ALWAYS: tuple[Promise, ...] = (
+    promises.completes,
+    structure.model_untouched,
+    promises.same_function,
+    promises.stated_error,
+    structure.nothing_copied,
+    structure.rest_untouched,
+    structure.shapes_recorded,
+    structure.savings,
+    promises.same_trainable,
+)
+"""Looked at on every network."""
+
+SOMETIMES: tuple[Promise, ...] = (
+    structure.idempotent,
+    structure.repeatable,
+    promises.gradients,
+    structure.selection,
+    promises.same_in_float32,
+    promises.verified,
+)
+"""Looked at on one network in so many, in turns."""
+
+
+class PassFailure(AssertionError):
+    """A pass broke a promise.
+
+    Attributes:
+        promise: the name of the promise, as in `fxcompile.testing.promises` and `structure`.
+        evidence: the figures.
+        network: the smallest network found; None where the options alone break it.
+        reproducer: the text of a Python file that shows it, without Hypothesis.
+    """
+
+    def __init__(self, promise: str, evidence: str, network: Network | None, reproducer: str, message: str) -> None:
+        super().__init__(message)
+        self.promise = promise
+        self.evidence = evidence
+        self.network = network
+        self.reproducer = reproducer
+
+
+@dataclass
+class Summary:
+    """What a check has looked at.
+
+    Attributes:
+        networks: how many were drawn, invalid ones included.
+        invalid: how many could not be built, run or traced.
+        with_sites: how many had a site that was rewritten.
+        sites: how many sites were rewritten in all.
+        reasons: how often sites were left for each reason, names and numbers aside.
+        exported: how many were exported to ONNX and run there.
+    """
+
+    networks: int = 0
+    invalid: int = 0
+    with_sites: int = 0
+    sites: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    exported: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One draw: a network, and what is looked at.
+
+    Attributes:
+        cases: the inputs to compare on.
+        turn: which of the promises of `SOMETIMES` is looked at.
+        passes: what runs.
+        at_limit: whether an option of theirs stands at a limit, so that they may refuse it.
+        samples: of calibration data; 0 for none.
+        site: which site `only` and `skip` are tried on.
+    """
+
+    network: Network
+    cases: tuple[Case, ...]
+    turn: int
+    passes: tuple[Pass, ...]
+    at_limit: bool
+    samples: int
+    site: int
+
+
+def check_pass(
+    pass_: Pass,
+    *,
+    examples: int = 100,
+    seed: int | None = None,
+    onnx_examples: int = 2,
+    networks: st.SearchStrategy[Network] | None = None,
+    sites: Sequence[Recipe] = (),
+    exact: bool = False,
+    database: Path | None = None,
+) -> Summary:
+    """Try to break a pass: hold it to its contract on drawn networks and inputs.
+
+    Checked on each network: the outputs, against the model's own in float64 (an approximate pass's stated error
+    against the measured one; shapes and finiteness for one that is to be trained); that the model, the program that
+    went in and all random generators are untouched; that nothing shared is copied, and nothing outside of the sites
+    changed; shapes and origins on every node. On some, in turns: that it repeats itself bit for bit, is idempotent if
+    it says so, keeps gradients, honours `only` and `skip`, holds in float32, satisfies the compiler's own
+    verification; its options at each of their limits; the file in ONNX Runtime.
+
+    Args:
+        pass_: the pass, with options.
+        examples: how many networks to draw.
+        seed: of the draw; None leaves it to Hypothesis, its profile and `--hypothesis-seed`.
+        onnx_examples: how many networks with sites to export, which takes about a second each.
+        networks: what to draw from instead of the kit's own networks; nothing is planted in these.
+        sites: steps to plant because they make a site, beside what the kit learns from `pass_.sites`.
+        exact: hold an approximate pass to equality, because its options promise it.
+        database: a folder for what failed, which is tried first the next time.
+
+    Raises:
+        PassFailure: an AssertionError with the smallest network and input found, and a file that reproduces it.
+        AssertionError: no network had a site.
+    """
+    taken = accepted_outside(pass_)
+    if taken is not None:
+        raise PassFailure("options", taken, None, "", f"{pass_.name} takes {taken}, which is outside of its limits")
+    limits = inside(pass_)
+
+    def passes(tape: Tape) -> tuple[tuple[Pass, ...], bool]:
+        at = tape.below(3 * len(limits) + 1) if limits else 0
+        return ((pass_,), False) if not 1 <= at <= len(limits) else ((limits[at - 1],), True)
+
+    check = Check(passes, [pass_], exact)
+    recipes = [] if networks is not None else [*sites, *learn([pass_])]
+    summary = check.run(networks, recipes, examples, seed, database)
+    if not summary.with_sites and examples >= 20:
+        raise AssertionError(
+            f"none of {summary.networks} networks had a site of {pass_.name}, so nothing was checked: say what makes "
+            "a site with sites=[...], or draw networks that have one with networks=..."
+        )
+    check.export(onnx_examples)
+    return summary
+
+
+def check_pipeline(
+    passes: Sequence[Pass],
+    *,
+    examples: int = 100,
+    seed: int | None = None,
+    networks: st.SearchStrategy[Network] | None = None,
+    sites: Sequence[Recipe] = (),
+    database: Path | None = None,
+) -> Summary:
+    """Hold random orders and subsets of passes to their contracts together.
+
+    Arguments and errors are those of `check_pass`.
+    """
+
+    def order(tape: Tape) -> tuple[tuple[Pass, ...], bool]:
+        count = 1 + tape.below(len(passes) + 1)
+        return tuple(passes[tape.below(len(passes))] for _ in range(count)), False
+
+    recipes = [] if networks is not None else [*sites, *learn(passes)]
+    return Check(order, passes).run(networks, recipes, examples, seed, database)
+
+
+def draw_case(tape: Tape) -> Case:
+    """An input to compare on, the simplest first, as `verification.cases` draws them."""
+    kind = ("impulse", "constant", "normal", "large", "tiny")[tape.below(5)]
+    position = (0.0, 1.0, 0.5, tape.below(256) / 255)[tape.below(4)]
+    return Case(kind, 1 + tape.below(3), position, tape.below(256))
+
+
+def refused(broken: Broken, sample: Sample) -> bool:
+    """Whether passes with an option at its limit have refused that by name, as they may."""
+    return sample.at_limit and isinstance(broken.__cause__, FxcompileError)
+
+
+class Check:
+    """One search: what is tried, what was seen, and how a failure is told.
+
+    Args:
+        passes: chooses what runs, and says whether an option of theirs stands at a limit.
+        usual: the passes with the options that they were given with.
+        exact: hold approximate passes to equality.
+    """
+
+    def __init__(
+        self, passes: Callable[[Tape], tuple[tuple[Pass, ...], bool]], usual: Sequence[Pass], exact: bool = False
+    ) -> None:
+        self.passes = passes
+        self.usual = tuple(usual)
+        self.exact = exact
+        self.fits = any(not isinstance(pass_.promise, Exact) for pass_ in usual)
+        self.summary = Summary()
+        self.focus: Promise | None = None
+        self.rewritten: list[Sample] = []
+
+    def run(
+        self,
+        networks: st.SearchStrategy[Network] | None,
+        recipes: Sequence[Recipe],
+        examples: int,
+        seed: int | None,
+        database: Path | None,
+    ) -> Summary:
+        """Draw, check, shrink.
+
+        Raises:
+            PassFailure: a promise is broken.
+        """
+        if networks is not None:
+            drawn = st.builds(self._sample, networks, tapes(1))
+        else:
+            drawn = tapes(MOST_STEPS + 3).map(lambda tape: self._sample(grow(tape, recipes), tape))
+        broken = search(self._look, drawn, examples, seed, self._database(database), shrink=networks is not None)
+        if broken is not None:
+            sample, evidence = broken if networks is not None else self._shrunk(*broken)
+            raise self._failure(sample, evidence)
+        return self.summary
+
+    def _sample(self, network: Network, tape: Tape) -> Sample:
+        """Everything but the network, from the last stretch of a tape."""
+        tape.turn(len(tape.choices) // STEP - 1)
+        turn, site = tape.below(len(SOMETIMES)), tape.below(6)
+        samples = (0, 16, 48)[tape.below(3)] if self.fits else 0
+        chosen = tuple(draw_case(tape) for _ in range(2))
+        passes, at_limit = self.passes(tape)
+        return Sample(network, chosen, turn, passes, at_limit, samples, site)
+
+    def _database(self, folder: Path | None) -> ExampleDatabase | None:
+        """What failed is kept for each check apart: with one key for all, each would drop what breaks another."""
+        if folder is None or hypothesis.settings.default is None or hypothesis.settings.default.derandomize:
+            return None
+        return DirectoryBasedExampleDatabase(
+            folder / "".join(char if char.isalnum() else "-" for char in str(self.usual))
+        )
+
+    def _shrunk(self, sample: Sample, evidence: str) -> tuple[Sample, str]:
+        """The smallest sample, and the fewest passes, that break the promise in focus."""
+        last = evidence
+
+        def breaks(changed: Sample) -> bool:
+            nonlocal last
+            trial = self.trial(changed)
+            try:
+                if trial is not None and self.focus is not None:
+                    self.focus(trial)
+            except Broken as broken:
+                if refused(broken, changed):
+                    return False
+                last = str(broken)
+                return True
+            return False
+
+        usual = replace(sample, passes=self.usual, at_limit=False)
+        if sample.at_limit and breaks(usual):
+            sample = usual
+        for index in reversed(range(len(sample.passes))):
+            fewer = replace(sample, passes=(*sample.passes[:index], *sample.passes[index + 1 :]))
+            sample = fewer if fewer.passes and breaks(fewer) else sample
+        sample = replace(sample, network=shrink(sample.network, lambda made: breaks(replace(sample, network=made))))
+        for case in SIMPLEST:
+            if breaks(replace(sample, cases=(case, case))):
+                sample = replace(sample, cases=(case, case))
+                break
+        breaks(sample)
+        return sample, last
+
+    def _look(self, sample: Sample) -> None:
+        """Check one draw; after the first broken promise, that one alone, while the draw shrinks."""
+        trial = self.trial(sample)
+        counts = self.focus is None
+        self.summary.networks += counts
+        if trial is None:
+            self.summary.invalid += counts
+            return
+        for promise in (*ALWAYS, SOMETIMES[sample.turn]) if self.focus is None else (self.focus,):
+            try:
+                promise(trial)
+            except Broken as broken:
+                if refused(broken, sample):
+                    return
+                self.focus = promise
+                raise
+        if counts:
+            self._count(trial, sample)
+
+    def trial(self, sample: Sample) -> Trial | None:
+        """A draw, built and traced; None where it cannot be."""
+        try:
+            model, examples = sample.network.build()
+            trial = Trial(model, examples, sample.passes, exact=self.exact, extra={"site": sample.site})
+            names = [name for name, _ in sample.network.inputs]
+            trial.calibration = calibration_of(examples, names, sample.samples) if sample.samples else None
+            made = Inputs(trial.program.inputs, trial.program.examples)
+        except (FxcompileError, RuntimeError, ValueError):
+            return None
+        trial.inputs = [made.make(case) for case in sample.cases]
+        return trial
+
+    def _count(self, trial: Trial, sample: Sample) -> None:
+        sites = len(trial.kept)
+        self.summary.sites += sites
+        self.summary.with_sites += sites > 0
+        for report in trial.result.record.passes:
+            self.summary.reasons.update(reason_of(site.reason) for site in report.sites if site.outcome == "left")
+        if sites and not sample.at_limit and len(self.rewritten) < 50:
+            self.rewritten.append(sample)
+
+    def export(self, count: int) -> None:
+        """Export some of the networks that were rewritten, the largest first.
+
+        Raises:
+            PassFailure: a file does not compute what the model does.
+        """
+        for sample in sorted(self.rewritten, key=lambda item: -len(item.network.steps))[:count]:
+            trial = self.trial(sample)
+            assert trial is not None
+            self.focus = promises.same_in_onnx
+            try:
+                promises.same_in_onnx(trial)
+            except Broken as broken:
+                raise self._failure(sample, str(broken)) from None
+            self.summary.exported += 1
+
+    def _failure(self, sample: Sample, evidence: str) -> PassFailure:
+        promise: Any = self.focus
+        trial = self.trial(sample)
+        assert trial is not None
+        names = ", ".join(map(str, sample.passes))
+        sentence = (promise.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+        title = f"{names} breaks a promise: {sentence}"
+        if promise is promises.same_function and self._trace_is_wrong(trial):
+            title = f"the traced network is not the model, whatever {names} does; this is a bug of fxcompile"
+            promise = promises.faithful_trace
+        comparisons = self._breaking(promise, trial, sample)
+        text = reproducer(
+            title,
+            evidence,
+            sample.network,
+            sample.passes,
+            comparisons,
+            promise=promise.__name__,
+            home=promise.__module__,
+            seed=trial.seed,
+            exact=trial.exact,
+            samples=sample.samples,
+            extra=trial.extra if promise is structure.selection else None,
+        )
+        on = f" on {comparisons[0][0]}" if comparisons and promise is promises.same_function else ""
+        message = f"{title}\n{evidence}{on}\n{self._second_opinion(promise, trial)}\n{text}"
+        return PassFailure(promise.__name__, evidence, sample.network, text, message)
+
+    def _trace_is_wrong(self, trial: Trial) -> bool:
+        try:
+            promises.faithful_trace(trial)
+        except Broken:
+            return True
+        return False
+
+    def _breaking(self, promise: Promise, trial: Trial, sample: Sample) -> list[tuple[Case, tuple[Tensor, ...]]]:
+        """The inputs of a draw, one that breaks the promise by itself first."""
+        pairs = list(zip(sample.cases, trial.inputs, strict=True))
+        for pair in pairs:
+            trial.inputs = [pair[1]]
+            try:
+                promise(trial)
+            except Broken:
+                return [pair, *(other for other in pairs if other is not pair)]
+        trial.inputs = [inputs for _, inputs in pairs]
+        return pairs
+
+    def _second_opinion(self, promise: Promise, trial: Trial) -> str:
+        """Whether the compiler's own verification sees what was found here, as it must for a wrong function."""
+        if promise is not promises.same_function or not trial.is_exact:
+            return ""
+        try:
+            trial.run(verify="raise", verify_examples=20)
+        except Broken as broken:
+            seen = isinstance(broken.__cause__, ContractError)
+            return "The pass manager's own verification finds it, too." if seen else ""
+        return "The pass manager's own verification does NOT find it: please report that, too."

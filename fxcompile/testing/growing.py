@@ -1,0 +1,193 @@
+"""Grows whole networks: inputs, steps that are drawn or planted, and what is returned."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxcompile.testing import composites, elementwise, norms, rearranging, resampling
+from fxcompile.testing.blocks import BLOCKS
+from fxcompile.testing.drafting import CHOICES, Draft, Picker, Value
+from fxcompile.testing.network import Network, Step
+
+__all__ = ["RandomPicker", "Recipe", "grow"]
+
+_TABLES = (norms, elementwise, resampling, rearranging, composites)  # they enter their blocks
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps to plant together, each as a `Step` whose sources count steps of the recipe; others are free."""
+
+    steps: tuple[Step, ...]
+
+    def __repr__(self) -> str:
+        return f"Recipe({' > '.join(step.kind for step in self.steps)})"
+
+
+class RandomPicker:
+    """Choices from a random generator, without Hypothesis."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def turn(self, step: int) -> None:
+        """Nothing to do: all choices come from one generator."""
+
+    def below(self, count: int) -> int:
+        return self._random.randrange(count)
+
+
+FREE = [block.kind for turn in range(20) for block in BLOCKS.values() if block.weight > turn]
+"""Every kind once, and then those of more weight again: an index means the same kind whatever is planted."""
+
+COMPANIONS = ("again", "tied", "add", "concat", "activation", "identity")
+"""What turns a site into a near miss: another use of its layers or of its inner values, or something between."""
+
+COMPANY = 90
+"""Out of `CHOICES`: how often a companion follows what was planted."""
+
+ANYTHING = 110
+"""Out of `CHOICES`: how often a step is any, while nothing is under way; otherwise a recipe starts."""
+
+EMPTY = 5
+"""Two of so many steps are left out."""
+
+MOST_STEPS = 9
+
+
+SIZES = ("filters", "features", "channels")
+"""Choices that a planted step does not repeat: they hardly make a site, and leave less to combine."""
+
+ANY = -2
+"""In the sources of a recipe's step: a value from outside of the recipe, whichever."""
+
+
+def grow(picker: Picker, recipes: Sequence[Recipe] = (), most: int = MOST_STEPS) -> Network:
+    """A network from choices: at each step, a kind of block or the start of a recipe."""
+    draft = Draft(picker)
+    picker.turn(0)
+    begin(draft, Step("inputs"))
+    planted = Planted(recipes)
+    for number in range(1, most + 1):
+        picker.turn(number)
+        if picker.below(EMPTY) >= 2 or planted.pending:
+            planted.step(draft)
+    picker.turn(most + 1)
+    return finish(draft, Step("output"))
+
+
+class SimplestPicker:
+    """Always the simplest choice."""
+
+    def turn(self, step: int) -> None:
+        """Nothing to do: there are no choices."""
+
+    def below(self, count: int) -> int:
+        return 0
+
+
+def regrow(steps: Sequence[Step]) -> tuple[Network, Draft]:
+    """The network of these steps, as far as they fit; where one does not, the simplest choice. And its draft."""
+    draft = Draft(SimplestPicker(), strict=True)
+    begin(draft, steps[0])
+    made = {0: 0}
+    for index, step in enumerate(steps[1:-1], 1):
+        if write(draft, step, [(made.get(number, ANY), which) for number, which in step.sources]):
+            made[index] = len(draft.steps) - 1
+    return finish(draft, steps[-1]), draft
+
+
+def begin(d: Draft, step: Step) -> None:
+    """The inputs: one most of the time, maps most of the time."""
+    d.begin(dict(step.choices))
+    dims = d.pick("dims", [2, 2, 2, 2, 2, 1, 3])
+    sizes = {1: [1, 2, 4, 6, 8, 9, 12], 2: [1, 2, 4, 5, 6, 7, 8], 3: [1, 2, 3, 4, 5]}[dims]
+    batch = d.pick("batch", [1, 2, 2, 3])
+    channels = d.pick("channels", [1, 2, 3, 4, 6])
+    shape = (channels, *[d.pick(f"size {axis}", sizes) for axis in range(dims)])
+    d.add_input("x", batch, shape)
+    for name in ("image", "mask")[: d.pick("more inputs", [0] * 8 + [1, 1, 2])]:
+        form = d.pick(f"form of {name}", ["same", "other channels", "mask", "vector"])
+        other = {"same": shape, "other channels": (2, *shape[1:]), "mask": (1, *shape[1:]), "vector": (3,)}[form]
+        d.add_input(name, batch, other)
+    d.end("inputs")
+
+
+def write(d: Draft, step: Step, sources: Sequence[tuple[int, int]] = ()) -> bool:
+    """Write a step with its choices forced; whether it could be written."""
+    d.begin(dict(step.choices), sources)
+    BLOCKS[step.kind].grow(d)
+    written = d.wrote()
+    if written:
+        d.end(step.kind)
+    return written
+
+
+class Planted:
+    """What is planted in a network: the recipe that is under way, and what of it is done.
+
+    Half of the time it is copied with its choices, of which some then differ; half of the time loosely, its steps with
+    whatever choices, so that what matters to a site and what does not both vary.
+    """
+
+    def __init__(self, recipes: Sequence[Recipe]) -> None:
+        self.recipes = recipes
+        self.pending: list[tuple[int, Step]] = []
+        self.made: dict[int, int] = {}
+        self.fresh = self.loose = False
+
+    def step(self, d: Draft) -> None:
+        """One more step: of the recipe that is under way, or any."""
+        at = d.picker.below(CHOICES)
+        after, self.fresh = self.fresh, False
+        if self.pending:
+            if at >= len(BLOCKS) // 2:
+                self.follow(d)
+                return
+        elif after and at >= CHOICES - COMPANY:
+            write(d, Step(COMPANIONS[at % len(COMPANIONS)]))
+            return
+        elif self.recipes and at >= ANYTHING:
+            self.pending = list(
+                enumerate(self.recipes[(at - ANYTHING) * len(self.recipes) // (CHOICES - ANYTHING)].steps)
+            )
+            self.made, self.loose = {}, bool(d.picker.below(2))
+            self.follow(d)
+            return
+        write(d, Step(FREE[at % len(FREE)]))
+
+    def follow(self, d: Draft) -> None:
+        """The next step of the recipe."""
+        index, step = self.pending.pop(0)
+        self.fresh = not self.pending
+        choices = () if self.loose else tuple(choice for choice in step.choices if choice[0] not in SIZES)
+        if write(d, Step(step.kind, choices), [(self.made.get(number, ANY), which) for number, which in step.sources]):
+            self.made[index] = len(d.steps) - 1
+
+
+def finish(d: Draft, step: Step) -> Network:
+    """What is returned: the last value, or all that no other line uses, or those by name."""
+    d.begin(dict(step.choices))
+    last = d.values[-1]
+    form = d.pick("output", ["last"] * 6 + ["all", "all", "dict", "pair", "nested"])
+    ends = [value for value in d.unused() if value.step[0] > 0]
+    if last not in ends:
+        ends.append(last)
+    if form == "pair":
+        ends = [d.values[-1 - d.pick("other output", range(len(d.values)))], last]
+    output = {"last": last.name, "dict": _mapping(ends), "nested": f"[{ends[0].name}, ({_names(ends)},)]"}.get(
+        form, ends[0].name if len(ends) == 1 else f"({_names(ends)})"
+    )
+    return d.finish(output, seed=d.pick("seed", range(20)), sequential=d.pick("sequential", [False, False, True]))
+
+
+def _names(values: Sequence[Value]) -> str:
+    return ", ".join(value.name for value in values)
+
+
+def _mapping(values: Sequence[Value]) -> str:
+    return (
+        "{" + ", ".join(f'"{name}": {value.name}' for name, value in zip("abcdefghijklm", values, strict=False)) + "}"
+    )

@@ -1,0 +1,177 @@
+"""What a pass promises about everything but the function: what it leaves alone, records, keeps small and repeats."""
+
+from __future__ import annotations
+
+import torch
+
+from fxcompile.contracts import Exact
+from fxcompile.cost import program_cost
+from fxcompile.manager import Result
+from fxcompile.program import ORIGIN, Program, ShapeRecorder, dtype_of, shape_of
+from fxcompile.rewriting import Site
+from fxcompile.testing.trial import Trial
+from fxcompile.verification import Broken
+
+
+def model_untouched(trial: Trial) -> None:
+    """The model's parameters, buffers and modes, the program that went in, and all random generators are untouched."""
+    assert trial.result
+    for what, held in (("the model", trial.before), ("the program that went in", trial.traced)):
+        changed = held.difference()
+        if changed is not None:
+            raise Broken(f"{what} was changed: {changed}")
+    used = trial.before.moved_generator()
+    if used is not None:
+        raise Broken(f"the global random generator of {used} was used: draw from one with a seed of your own")
+
+
+def shapes_recorded(trial: Trial) -> None:
+    """The graph is sound: it lints, each node carries the shape it really has, and where it comes from."""
+    program = trial.result.program
+    try:
+        program.graph.lint()
+    except Exception as error:
+        raise Broken(f"the graph does not lint: {error}") from error
+    before = {node.name: (shape_of(node), dtype_of(node)) for node in program.graph.nodes}
+    again = program.snapshot()
+    with torch.no_grad():
+        ShapeRecorder(again.module).run(*[x.clone() for x in program.examples], enable_io_processing=False)
+    origins = {name for node in trial.program.graph.nodes for name in node.meta.get(ORIGIN, ())}
+    for old, node in zip(program.graph.nodes, again.graph.nodes, strict=True):
+        if node.op in ("placeholder", "output"):
+            continue
+        found = shape_of(node), dtype_of(node)
+        if before[old.name] != found:
+            raise Broken(f"node '{old.name}' is recorded as {before[old.name]} and computes {found}")
+        if node.op == "call_method":
+            raise Broken(f"node '{old.name}' is a call of a method, which is not canonical")
+        unknown = set(node.meta.get(ORIGIN, ())) - origins
+        if unknown or not node.meta.get(ORIGIN):
+            raise Broken(
+                f"node '{old.name}' does not say which layers of the model it comes from ({unknown or 'none'})"
+            )
+    if (program.inputs, program.output_names) != (trial.program.inputs, trial.program.output_names):
+        raise Broken("the names or shapes of inputs or outputs changed")
+    used = {str(node.target) for node in program.graph.nodes if node.op in ("call_module", "get_attr")}
+    for name, _ in program.module.named_parameters():
+        if name not in used and name.rpartition(".")[0] not in used and not _inside(name, used):
+            raise Broken(f"parameter '{name}' is kept and nothing uses it")
+
+
+def _inside(name: str, used: set[str]) -> bool:
+    return any(name.startswith(f"{target}.") for target in used)
+
+
+def nothing_copied(trial: Trial) -> None:
+    """What is shared stays shared: the network grows by no more parameters than its sites say that they grow."""
+    grown = program_cost(trial.result.program).parameters - program_cost(trial.program).parameters
+    stated = sum(site.after.parameters - site.before.parameters for site in trial.kept)
+    if grown > stated:
+        raise Broken(
+            f"the network grew by {grown} parameters and its sites by {stated}: a weight that several layers share, or "
+            "a layer that is called several times, was copied"
+        )
+
+
+def rest_untouched(trial: Trial) -> None:
+    """A model without sites comes out as it went in, and layers outside of all sites keep their very tensors."""
+    program, result = trial.program, trial.result.program
+    if not trial.kept:
+        if text(program) != text(result):
+            raise Broken("no site was rewritten, and yet the graph changed")
+        same_layers(program, result, set())
+        return
+    touched = {name for node in result.graph.nodes for name in node.meta.get(ORIGIN, ()) if len(node.meta[ORIGIN]) > 1}
+    same_layers(program, result, touched | {site.name for site in trial.kept})
+
+
+def same_layers(program: Program, result: Program, touched: set[str]) -> None:
+    """Raise `Broken` unless layers that are in both programs, and not among the touched ones, hold the same tensors."""
+    for node in result.graph.nodes:
+        name = str(node.target)
+        layer = result.layer(node)
+        if layer is None or name in touched or any(name.startswith(f"{item}.") for item in touched):
+            continue
+        try:
+            old = program.module.get_submodule(name)
+        except AttributeError:
+            continue
+        ours, theirs = dict(layer.named_parameters()), dict(old.named_parameters())
+        if any(ours.get(key) is not theirs.get(key) for key in {*ours, *theirs}):
+            raise Broken(f"layer '{name}' is in no site that was rewritten, and yet it has other tensors")
+
+
+def text(program: Program) -> list[str]:
+    """The nodes of a graph as text, names and all."""
+    return [str(node.format_node()) for node in program.graph.nodes]
+
+
+def repeatable(trial: Trial) -> None:
+    """The same seed gives the same bits, whatever the global random generator stands at."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(987654321)
+        again = trial.run()
+    difference = differs(trial.result, again)
+    if difference is not None:
+        raise Broken(f"a second run with the same seed gives something else: {difference}")
+
+
+def differs(first: Result, second: Result) -> str | None:
+    """In what two results differ, or None."""
+    if text(first.program) != text(second.program):
+        return "another graph"
+    ours, theirs = first.program.module.state_dict(), second.program.module.state_dict()
+    if list(ours) != list(theirs):
+        return "other layers"
+    for name, tensor in ours.items():
+        if tensor.shape != theirs[name].shape or not torch.equal(tensor.nan_to_num(), theirs[name].nan_to_num()):
+            return f"another '{name}'"
+    return None
+
+
+def idempotent(trial: Trial) -> None:
+    """Where all passes claim it: on their own result they find nothing more to do."""
+    if len(trial.passes) != 1 or not all(pass_.idempotent for pass_ in trial.passes):
+        return
+    again = trial.run(program=trial.result.program)
+    kept = [site.name for report in again.record.passes for site in report.sites if site.outcome == "kept"]
+    if kept:
+        raise Broken(f"run again on its own result, the pass rewrites '{kept[0]}'")
+    if text(again.program) != text(trial.result.program):
+        raise Broken("run again on its own result, the pass changes the graph")
+
+
+def selection(trial: Trial) -> None:
+    """`only` and `skip` are honoured: a site that is not selected stays, and nothing else is hindered."""
+    for position, pass_ in enumerate(trial.passes):
+        found = [site for site in pass_.sites(trial.program) if isinstance(site, Site) and pass_.selects(site.name)]
+        if len(trial.passes) > 1 or not found:
+            continue
+        site = found[trial.extra.get("site", 0) % len(found)]
+        for option in ("skip", "only"):
+            changed = pass_.model_copy(update={option: (glob(site.name),)})
+            result = trial.run([*trial.passes[:position], changed, *trial.passes[position + 1 :]])
+            kept = {item.name for item in result.record.passes[position].sites if item.outcome == "kept"}
+            wrong = kept & {site.name} if option == "skip" else kept - {site.name}
+            if wrong:
+                raise Broken(f"with {option}={site.name} the pass rewrites '{min(wrong)}'")
+            if not kept and text(result.program) != text(trial.program):
+                raise Broken(f"with {option}={site.name} no site is rewritten, and yet the graph changed")
+
+
+def glob(name: str) -> str:
+    """A glob that only this name matches."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def savings(trial: Trial) -> None:
+    """Each site saves what `min_saving` asks for; exact sites state no error."""
+    for report, pass_ in zip(trial.result.record.passes, trial.passes, strict=True):
+        for site in report.sites:
+            if site.outcome != "kept":
+                continue
+            saved = 1 - site.after.macs / site.before.macs if site.before.macs else 0.0
+            if pass_.min_saving is not None and saved < pass_.min_saving:
+                raise Broken(f"site '{site.name}' saves {saved:.0%}, below min_saving={pass_.min_saving:g}")
+            if isinstance(pass_.promise, Exact) and site.error is not None:
+                raise Broken(f"site '{site.name}' of an exact pass states an error of {site.error}")
