@@ -21,8 +21,11 @@ from fxcompile.refusals import user_line
 _FORM = "write --model MODULE:FACTORY or path/to/file.py:FACTORY"
 
 
-def make_module(factory: str) -> nn.Module:
+def make_module(factory: str, within: contextlib.AbstractContextManager[object] | None = None) -> nn.Module:
     """The module that the factory returns, from `package.module:function_or_class` or `path/to/file.py:name`.
+
+    Args:
+        within: entered for the call of the factory.
 
     Raises:
         UsageError: the text names nothing that can be called.
@@ -39,7 +42,7 @@ def make_module(factory: str) -> nn.Module:
             if not hasattr(target, part):
                 raise UsageError(f"'{where}' has no '{name}'", place="--model", mend=did_you_mean(part, _own(target)))
             target = getattr(target, part)
-        return _call(target, factory)
+        return _call(target, factory, within or contextlib.nullcontext())
 
 
 @contextlib.contextmanager
@@ -90,13 +93,14 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _call(target: Any, factory: str) -> nn.Module:
+def _call(target: Any, factory: str, within: contextlib.AbstractContextManager[object]) -> nn.Module:
     if isinstance(target, nn.Module):
         return target
     if not callable(target):
         raise UsageError(f"'{factory}' names a value of type {type(target).__name__}, no function or class", mend=_FORM)
     try:
-        module = target()
+        with within:
+            module = target()
     except (Exception, SystemExit) as error:
         raise _raised(f"calling '{factory}()'", error) from None
     if not isinstance(module, nn.Module):

@@ -16,7 +16,9 @@ from fxcompile.errors import ReadError, UsageError
 from fxcompile.exported_archive import read_exported
 from fxcompile.factories import make_module
 from fxcompile.filekinds import Kind, file_kind
+from fxcompile.layers import is_finite
 from fxcompile.state_dicts import find_module, find_state_dict, load_safetensors, load_torch, load_weights
+from fxcompile.uninitialised import Uninitialised
 
 _LARGE = 10_000_000
 
@@ -84,10 +86,22 @@ def read_model(path: Path, *, factory: str | None = None, allow_pickle: bool = F
                 mend="name the architecture with --model MODULE:FACTORY",
             )
         check_finite(((key, value) for key, value in state.items() if isinstance(value, Tensor)), place)
-        pickled = make_module(factory)
-        load_weights(pickled, state, place)
+        pickled = _with_weights(factory, state, place)
     check_finite([*pickled.named_parameters(), *pickled.named_buffers()], place)
     return ModelFile("module", module=pickled)
+
+
+def _with_weights(factory: str, state: dict[str, Any], place: str) -> nn.Module:
+    """The architecture with the weights of a state dict; its own random ones are drawn only where they would stay."""
+    building = Uninitialised()
+    module = make_module(factory, building)
+    if not building.spoilt:
+        load_weights(module, state, place)
+        if building.were_loaded():
+            return module
+    module = make_module(factory)
+    load_weights(module, state, place)
+    return module
 
 
 def _exported(program: ExportedProgram, place: str) -> ModelFile:
@@ -122,8 +136,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], place: str) -> None:
             continue
         values = tensor.detach()
         values = values.float() if values.element_size() == 1 else values
-        wrong = int((~torch.isfinite(values)).sum())
-        if wrong:
+        if not is_finite(values):
+            wrong = int((~torch.isfinite(values)).sum())
             raise ReadError(
                 f"the tensor '{name}' has {wrong} NaN or infinite values of {tensor.numel()}",
                 place=place,

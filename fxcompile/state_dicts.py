@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def load_torch(path: Path, allow_pickle: bool) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not allow_pickle:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                # Mapped, not read: the weights are copied into the architecture right away.
+                mapped = zipfile.is_zipfile(path)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             with importable(os.getcwd()), contextlib.redirect_stdout(sys.stderr):
                 return torch.load(path, map_location="cpu", weights_only=False)
     except (Exception, SystemExit) as error:  # a malformed file raises almost anything
@@ -188,6 +191,8 @@ def load_weights(module: nn.Module, state: dict[str, Any], place: str) -> None:
         )
     present = {key: value for key, value in wanted.items() if key not in state}
     has_no_values = any(isinstance(value, Tensor) and value.is_meta for value in wanted.values())
+    if has_no_values:  # the tensors become the module's own, and must not change with the file
+        state = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
     try:
         module.load_state_dict({**present, **state}, strict=True, assign=has_no_values)
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,15 @@ from fxcompile import spellings
 from fxcompile.functional import memory
 from fxcompile.refusals import current_line
 
-_VALUES = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "nonzero",
-           "masked_select", "unique"}  # fmt: skip
+TAKES_VALUES = {"item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__", "nonzero",
+                "masked_select", "unique"}  # fmt: skip
+"""Functions whose result, or its shape, depends on a tensor's values."""
+
+
+def is_random(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function called so draws random numbers."""
+    bare = name.rstrip("_")
+    return bare in spellings.RANDOM or (bare in spellings.RANDOM_IN_TRAINING and bool(kwargs.get("training")))
 
 
 class Watch(TorchFunctionMode):
@@ -71,11 +78,9 @@ class Watch(TorchFunctionMode):
                 self.writes.setdefault(key, line)
 
     def _kind(self, name: str, kwargs: dict[str, Any]) -> str | None:
-        if name in _VALUES:
+        if name in TAKES_VALUES:
             return "value"
-        bare = name.rstrip("_")
-        drops = bare in spellings.RANDOM_IN_TRAINING and kwargs.get("training")
-        return "random" if bare in spellings.RANDOM or drops else None
+        return "random" if is_random(name, kwargs) else None
 
     def _written(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What a function writes to, if anything."""

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Exact
 from fxcompile.errors import FitError
-from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, shallow_copy
+from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, is_finite, shallow_copy
 from fxcompile.program import Program, shape_of
 from fxcompile.rewriting import Pass, Site, Skip
 
@@ -166,7 +166,7 @@ class _Search:
         calls = len(self.calls[id(norm)])
         if calls > 1:
             return f"it is called {calls} times, and only norms called once fold"
-        if not all(bool(item.isfinite().all()) for item in affine(norm)):
+        if not all(map(is_finite, affine(norm))):
             return "its scale or shift is not finite"
         return None
 
@@ -243,7 +243,7 @@ def with_weights(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     trains = layer.weight.requires_grad if layer.bias is None else layer.bias.requires_grad
     for name, values, train in (("weight", weight, layer.weight.requires_grad), ("bias", bias, trains)):
         rounded = None if values is None else values.to(layer.weight.dtype)
-        if rounded is not None and not bool(rounded.isfinite().all()):
+        if rounded is not None and not is_finite(rounded):
             raise FitError(f"the folded {name} would overflow {str(rounded.dtype).removeprefix('torch.')}")
         made.register_parameter(name, None if rounded is None else nn.Parameter(rounded, train))
     return made
