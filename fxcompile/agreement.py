@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,11 +21,73 @@ from fxcompile.refusals import Impure, Refused, one_line
 from fxcompile.verification import relative_maximum
 
 
-def checked(program: Program, reference: Reference) -> Program:
+def checked(program: Program, reference: Reference, observed: Any = None) -> Program:
     """The program held against the model, and whether its batch is free written into it.
+
+    Where the raw graph is right on the examples and the model was not seen to look at values, other ones in a larger
+    batch say all at once; only if they do not agree is it asked what the reason is.
+
+    Args:
+        observed: what the graph that the program was made of gave for the examples.
 
     Raises:
         Refused: it does not compute what the model computes.
+    """
+    agrees = _agree(observed, reference.output) and _agrees_in_a_larger_batch(program, reference)
+    note = None if agrees else _obstacle(program, reference)
+    batched = set(reference.batch_inputs())
+    axes = [0 if note is None and index in batched else None for index in range(len(program.inputs))]
+    specs = tuple(replace(spec, batch_axis=axis) for spec, axis in zip(program.inputs, axes, strict=True))
+    return replace(program, inputs=specs, notes=(f"the batch stays fixed: {note}",) if note else ())
+
+
+def _agree(given: Any, wanted: Any) -> bool:
+    """Whether two structures hold the same tensors, up to rounding."""
+    pairs = list(zip_longest(flatten_tensors(given), flatten_tensors(wanted)))
+    return all(
+        ours is not None
+        and theirs is not None
+        and ours.shape == theirs.shape
+        and ours.dtype == theirs.dtype
+        and close(ours, theirs)
+        for ours, theirs in pairs
+    )
+
+
+def _agrees_in_a_larger_batch(program: Program, reference: Reference) -> bool:
+    """Whether the program computes what the model does on other values, one more of them than in the example.
+
+    False wherever that would not settle it: branches and shapes that may depend on values are looked at one by one.
+    """
+    if (
+        reference.suspects
+        or not reference.batch_inputs()
+        or any(_shape_may_depend_on_values(node) for node in program.graph.nodes)
+    ):
+        return False
+    larger = reference.other(1, seed=2)
+    try:
+        _same(program, larger, reference.run(larger), "for another batch size")
+    except Exception:  # the model takes no other values, or no other batch size; or the program is wrong
+        return False
+    return True
+
+
+def _shape_may_depend_on_values(node: fx.Node) -> bool:
+    """Whether torch itself cannot tell the shape of a function's result from the shapes of its arguments."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if name == "one_hot":
+        return node.args[1:] == (-1,)
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    return any(torch.Tag.dynamic_output_shape in overload.tags for overload in overloads)
+
+
+def _obstacle(program: Program, reference: Reference) -> str | None:
+    """Why the program takes no other batch size than the example's, or None.
+
+    Raises:
+        Refused: it does not compute what the model computes for the example's.
     """
     _same(program, reference.examples, reference.output, "on the example inputs")
     inputs, where = reference.other(0, seed=1), "on other values than the examples"
@@ -34,18 +97,14 @@ def checked(program: Program, reference: Reference) -> Program:
         inputs, where = list(reference.examples), "when it runs twice on the same inputs"
         expected = reference.run(inputs)
     _same(program, inputs, expected, where)
-    note = _batch_obstacle(program, reference)
-    batched = set(reference.batch_inputs())
-    axes = [0 if note is None and index in batched else None for index in range(len(program.inputs))]
-    specs = tuple(replace(spec, batch_axis=axis) for spec, axis in zip(program.inputs, axes, strict=True))
-    return replace(program, inputs=specs, notes=(f"the batch stays fixed: {note}",) if note else ())
+    return _batch_obstacle(program, reference)
 
 
 def _batch_obstacle(program: Program, reference: Reference) -> str | None:
-    """Why the program takes no other batch size than the example's, or None."""
-    larger = reference.other(1, seed=2)
+    """Why the program takes no other batch size, if it is right for the example's."""
     if not reference.batch_inputs():
         return "the first input has no axis for it"
+    larger = reference.other(1, seed=2)
     try:
         expected = reference.run(larger)
     except Exception:

@@ -141,7 +141,7 @@ def _from_exported(
 
 def _finish(raw: fx.GraphModule, signature: Signature, reference: Reference) -> Program:
     """Functional, canonical, checked against the model."""
-    make_functional(raw, signature.tensors)
+    observed = make_functional(raw, signature.tensors)
     _unwrap_dataclass_output(raw.graph)
     module = canonicalise(raw, raw)
     signature.set_convention(module.graph)
@@ -152,7 +152,7 @@ def _finish(raw: fx.GraphModule, signature: Signature, reference: Reference) -> 
         InputSpec(name, tuple(tensor.shape), tensor.dtype, batch_axis=None)
         for name, tensor in zip(signature.names, signature.tensors, strict=True)
     )
-    return checked(Program(module, signature.tensors, inputs, reference.output_names), reference)
+    return checked(Program(module, signature.tensors, inputs, reference.output_names), reference, observed)
 
 
 def _unwrap_dataclass_output(graph: fx.Graph) -> None:
