@@ -21,12 +21,13 @@ from fxcompile.cost import program_cost
 from fxcompile.errors import EmitError, UsageError, did_you_mean
 from fxcompile.exporting import export
 from fxcompile.files import check_writable, publish, scratch_beside
+from fxcompile.layers import is_finite
 from fxcompile.onnxfile import OnnxFile, write_onnx
 from fxcompile.program import Program
 from fxcompile.refusals import one_line
 from fxcompile.report import FileReport
 from fxcompile.simplifying import OPAQUE_BYTES, SIMPLIFICATIONS, put_metadata, simplify
-from fxcompile.verification import Broken, Case, Inputs, cases, compare_noisy, search
+from fxcompile.verification import FEWEST, Broken, Case, Inputs, cases, compare_noisy, most_samples, search
 
 if TYPE_CHECKING:
     from fxcompile.manager import Result
@@ -104,7 +105,7 @@ def _write(
         scratch = folder / path.name
         with watch.stage("write"):
             write_onnx(file, scratch)
-        examples = max(2, min(result.examples, 8)) if verify else 0
+        examples = max(FEWEST, min(result.examples, 8)) if verify else 0
         try:
             with watch.stage("check"):
                 check_model(file, scratch)
@@ -212,7 +213,7 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
             own = program.outputs(*tensors)
         except RuntimeError:
             return  # a free dimension of a size that the network does not take
-        if not all(tensor.isfinite().all() for tensor in own if tensor.is_floating_point()):
+        if not all(map(is_finite, own)):
             return
         feeds = {
             spec.name: tensor.numpy()
@@ -226,8 +227,8 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
         worst = max(worst, compare_noisy(given, own, program, tensors))
         compared += 1
 
-    most = 3 if program.batch_is_free else 1
-    broken = search(check, cases(drawn.kinds(), most), examples, seed)
+    strategy = cases(drawn.kinds(), most_samples(program, examples))
+    broken = search(check, strategy, examples, seed)
     if broken is not None:
         case, evidence = broken
         raise EmitError(
@@ -255,6 +256,7 @@ def open_session(path: Path, lean: bool = False) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would hold up torch between two runs
     if lean:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:

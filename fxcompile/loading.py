@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def load(
         UsageError: the arguments do not go with the file.
         TraceError: the model cannot be followed.
     """
+    if not gc.get_freeze_count():
+        gc.freeze()  # a million objects of imported libraries, which every collection would look through again
     progress("reading", 0, 1)
     watch = Stopwatch()
     with watch.stage("reading"):

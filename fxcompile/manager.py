@@ -19,7 +19,7 @@ from fxcompile.report import Report
 from fxcompile.rewriting import Pass
 from fxcompile.running import Progress, Run, Verify
 from fxcompile.timing import Stopwatch
-from fxcompile.verification import Inputs
+from fxcompile.verification import FEWEST, Inputs
 
 BUDGET = 30_000_000_000
 """By default the whole network is verified on as many inputs as cost this many multiply-accumulates, 2 to 20."""
@@ -174,4 +174,4 @@ class PassManager:
 def default_examples(program: Program) -> int:
     """How many inputs to draw for a check of the whole network: fewer where each costs more."""
     cost = program_cost(program).macs + OVERHEAD * len(program.graph.nodes)
-    return max(2, min(20, BUDGET // cost))
+    return max(FEWEST, min(20, BUDGET // cost))
