@@ -73,7 +73,7 @@ def save_onnx(
         with result.watch.stage("export"):
             model = export(program, opset)
         result.record.notes.append("the batch is fixed in the file: the exporter could not keep it free")
-    metadata = {"fxcompile.pipeline": result.record.pipeline, "fxcompile.seed": str(result.seed)}
+    metadata = {"fxcompile.pipeline": result.pipeline, "fxcompile.seed": str(result.seed)}
     for options in SIMPLIFICATIONS if simplified else (None,):
         try:
             report = _write(model, program, options, metadata, result, path, verify)

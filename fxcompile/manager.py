@@ -39,10 +39,12 @@ class Result:
     Attributes:
         program: the rewritten program.
         record: what happened; `report()` prints it.
+        pipeline: the text of the passes with every option, so that a version with other defaults can run it again.
     """
 
     program: Program
     record: Report
+    pipeline: str
     inputs: Inputs = field(repr=False)
     examples: int = 0
     seed: int = 0
@@ -164,7 +166,8 @@ class PassManager:
 
     def result(self, run: Run) -> Result:
         """What a run has come to."""
-        return Result(run.program, run.record, run.inputs, self._examples(run.original), self.seed, run.watch)
+        pipeline = format_pipeline(self.passes, complete=True)
+        return Result(run.program, run.record, pipeline, run.inputs, self._examples(run.original), self.seed, run.watch)
 
     def _examples(self, program: Program) -> int:
         """How many inputs to draw for a check of the whole network."""

@@ -54,9 +54,19 @@ def parse_pipeline(text: str, source: str = "--passes") -> list[Pass]:
     return _Parser(text, source).pipeline()
 
 
-def format_pipeline(passes: Sequence[Pass]) -> str:
-    """The text of a list of passes, options at their defaults left out."""
-    return ", ".join(map(str, passes))
+def format_pipeline(passes: Sequence[Pass], *, complete: bool = False) -> str:
+    """The text of a list of passes.
+
+    Args:
+        complete: write every option, so that the text means the same where the defaults are others; else only those
+            that were given.
+    """
+    return ", ".join(_format_pass(item, complete) for item in passes)
+
+
+def _format_pass(item: Pass, complete: bool) -> str:
+    options = ", ".join(f"{key}={format_value(value)}" for key, value in item.options(complete).items())
+    return f"{item.name}({options})" if options else item.name
 
 
 def format_value(value: Any) -> str:

@@ -150,19 +150,16 @@ class Pass(BaseModel):
             return False
         return not any(fnmatch.fnmatchcase(name, glob) for glob in self.skip)
 
-    def options(self) -> dict[str, Any]:
-        """The options that differ from their defaults."""
-        return {key: getattr(self, key) for key in type(self).model_fields if key in self._set_options()}
-
-    def _set_options(self) -> set[str]:
+    def options(self, complete: bool = False) -> dict[str, Any]:
+        """The options that were given, at their defaults or not; all of them if it is to be complete."""
         fields = type(self).model_fields
-        return {key for key, value in fields.items() if getattr(self, key) != value.get_default()}
+        given = [key for key in fields if complete or key in self.model_fields_set]
+        return {key: getattr(self, key) for key in given}
 
     def __str__(self) -> str:
-        from fxcompile.pipeline import format_value
+        from fxcompile.pipeline import format_pipeline
 
-        options = ", ".join(f"{key}={format_value(value)}" for key, value in self.options().items())
-        return f"{self.name}({options})" if options else self.name
+        return format_pipeline([self])
 
     def __repr__(self) -> str:
         return str(self)

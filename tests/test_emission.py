@@ -69,7 +69,7 @@ def test_metadata_holds_the_pipeline_and_each_nodes_origin(tmp_path: Path) -> No
     compiled(seed=7).save_onnx(tmp_path / "m.onnx")
     model = onnx.load(tmp_path / "m.onnx")
     assert {item.key: item.value for item in model.metadata_props} == {
-        "fxcompile.pipeline": "fold-batchnorm",
+        "fxcompile.pipeline": "fold-batchnorm(only=[], skip=[], max_error=none, min_saving=none)",
         "fxcompile.seed": "7",
     }
     origins = {node.op_type: {item.key: item.value for item in node.metadata_props} for node in model.graph.node}

@@ -182,9 +182,37 @@ def test_texts_mean_what_a_reader_expects(text: str, passes: list[Pass]) -> None
 
 
 def test_the_passes_that_ship_parse_with_their_options() -> None:
-    first, second, third = parse_pipeline("fold-batchnorm(skip=0), eliminate-identity, stack-kernels(activation=none)")
+    first, second, third = parse_pipeline("fold-batchnorm(skip=0), eliminate-identity, stack-kernels(activation=relu)")
     assert str(first) == 'fold-batchnorm(skip=["0"])'
-    assert [str(second), str(third)] == ["eliminate-identity", "stack-kernels"]
+    assert [str(second), str(third)] == ["eliminate-identity", "stack-kernels(activation=relu)"]
+
+
+def test_an_option_that_was_given_at_its_default_stays_in_the_text() -> None:
+    (written,) = parse_pipeline("every-option(count=3)")
+    assert str(written) == "every-option(count=3)"
+    assert written == Every()
+    changed = written.model_copy(update={"skip": ("a",)})
+    assert str(changed) == "every-option(skip=[a], count=3)"
+
+
+def test_the_complete_text_means_the_same_where_the_defaults_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Later(Every):
+        """The same pass in a later version."""
+
+        count: int = Field(5, ge=1)
+        text: str = "other"
+        names: tuple[str, ...] = ("a",)
+        maybe: Annotated[float, Field(le=1)] | None = 0.5
+
+    passes = [Every(share=0.25), Every(skip=("a", "b"))]
+    written = format_pipeline(passes, complete=True)
+    assert written.count("count=3") == 2
+    monkeypatch.setattr("fxcompile.pipeline.find_pass", lambda name: Later)
+    for before, after in zip(passes, parse_pipeline(written), strict=True):
+        assert type(after) is Later
+        assert after.model_dump() == before.model_dump()
+    (plain,) = parse_pipeline(format_pipeline([Every()]))
+    assert plain.model_dump() != Every().model_dump()
 
 
 # what is refused
