@@ -10,11 +10,12 @@ from typing import Any
 from fxcompile.contracts import Approximate
 from fxcompile.cost import Cost, nodes_cost, program_cost, samples
 from fxcompile.errors import PipelineError
+from fxcompile.labels import describe_node, node_name
 from fxcompile.options import wanted
 from fxcompile.pipeline import format_value
 from fxcompile.program import Program, dtype_of, shape_of
 from fxcompile.registry import find_pass, pass_names
-from fxcompile.rewriting import Pass, describe_layer
+from fxcompile.rewriting import Pass
 from fxcompile.tables import Row, short, table, wrapped
 
 
@@ -163,12 +164,9 @@ def describe_program(program: Program) -> ProgramText:
     for node in program.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
-        layer = program.layer(node)
-        kind = describe_layer(layer) if layer is not None else getattr(node.target, "__name__", str(node.target))
         dtype = str(dtype_of(node)).removeprefix("torch.")
-        name = str(node.target) if layer is not None else node.name
         cost = nodes_cost(program.module, [node], batch)
-        layers.append(LayerText(name, kind, list(shape_of(node) or []), dtype, cost))
+        layers.append(LayerText(node_name(node), describe_node(program, node), list(shape_of(node) or []), dtype, cost))
     inputs = []
     for spec in program.inputs:
         shape: list[int | str] = ["batch" if axis == spec.batch_axis else size for axis, size in enumerate(spec.shape)]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fxcompile.errors import WriteError
 from fxcompile.files import write_atomically
+from fxcompile.labels import describe_layer, function_name
 from fxcompile.program import ORIGIN, Program, shape_of
-from fxcompile.rewriting import describe_layer
 
 _HEADER = "# fxcompile: "
 
@@ -54,7 +54,7 @@ def dump(program: Program) -> str:
         if node.op == "placeholder":
             continue
         layer = program.layer(node)
-        called = getattr(node.target, "__name__", str(node.target))
+        called = function_name(node)
         what = called if layer is None else f"{called}: {describe_layer(layer)} "
         arguments = ", ".join([*map(repr, node.args), *(f"{key}={value!r}" for key, value in node.kwargs.items())])
         origin = ", ".join(node.meta.get(ORIGIN, ()))

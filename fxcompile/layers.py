@@ -105,6 +105,11 @@ def identity(layer: nn.Module) -> tuple[object, ...]:
     return type(layer), layer.extra_repr(), tensors
 
 
+def holds_weights(what: object) -> bool:
+    """Whether something stored in a program is a layer with parameters."""
+    return isinstance(what, nn.Module) and any(True for _ in what.parameters())
+
+
 def shallow_copy(module: nn.Module) -> nn.Module:
     """A module of its own over the same tensors: mode and attributes of one do not reach the other."""
     copied = copy.copy(module)

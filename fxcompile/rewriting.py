@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Contract
 from fxcompile.fitting import LayerStats, collect, row_count
+from fxcompile.labels import node_name
 from fxcompile.layers import as_double, converted
 from fxcompile.program import Program, shape_of
 
@@ -101,7 +102,7 @@ class Skip:
     @classmethod
     def of(cls, node: fx.Node, reason: str) -> Skip:
         """Skip a node, named after the layer it calls."""
-        return cls(str(node.target) if node.op == "call_module" else node.name, reason)
+        return cls(node_name(node), reason)
 
 
 Replacement = nn.Module | Sequence[nn.Module]
@@ -163,20 +164,3 @@ class Pass(BaseModel):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-def describe_layer(layer: nn.Module) -> str:
-    """A layer in a few characters: `Conv2d 32->64 5x5 /2`."""
-    kind = type(layer).__name__
-    weight = getattr(layer, "weight", None)
-    kernel = getattr(layer, "kernel_size", None)
-    if isinstance(weight, Tensor) and isinstance(kernel, tuple):
-        inputs, outputs = layer.in_channels, layer.out_channels
-        text = f"{kind} {inputs}->{outputs} {'x'.join(map(str, kernel))}"
-        stride = layer.stride
-        if isinstance(stride, tuple) and max(stride) > 1:
-            text += f" /{'x'.join(map(str, stride)) if len(set(stride)) > 1 else stride[0]}"
-        return f"{text} groups={layer.groups}" if layer.groups != 1 else text
-    if isinstance(layer, nn.Linear):
-        return f"{kind} {layer.in_features}->{layer.out_features}"
-    return kind

@@ -18,10 +18,11 @@ from fxcompile.cost import nodes_cost, program_cost, samples
 from fxcompile.distance import Distance
 from fxcompile.errors import ContractError, FitError, RewriteError, did_you_mean
 from fxcompile.footprint import enough_pixels
+from fxcompile.labels import describe_layer, function_name, node_name
 from fxcompile.layers import is_finite
 from fxcompile.program import Program, dtype_of, shape_of
 from fxcompile.report import PassReport, Report, SiteReport
-from fxcompile.rewriting import Pass, Replacement, Site, Skip, describe_layer
+from fxcompile.rewriting import Pass, Replacement, Site, Skip
 from fxcompile.sitedata import SiteData, full_batches, synthetic_batch
 from fxcompile.splice import Splicer, finish, fragment_of, region_inputs, run_region, run_replacement
 from fxcompile.timing import Stopwatch
@@ -88,7 +89,7 @@ class Run:
 
     def _note_globs(self, pass_: Pass) -> None:
         """Say which globs of `only` and `skip` match no layer: a misspelt one would be ignored in silence."""
-        names = {str(node.target) if node.op == "call_module" else node.name for node in self.program.graph.nodes}
+        names = {node_name(node) for node in self.program.graph.nodes}
         for option in ("only", "skip"):
             for glob in getattr(pass_, option):
                 if not fnmatch.filter(names, glob):
@@ -365,9 +366,7 @@ def site_inputs(
 
 def describe_change(site: Site, replacement: Replacement) -> str:
     """What is replaced by what, in a few words."""
-    before = " + ".join(map(describe_layer, site.layers)) or str(
-        getattr(site.node.target, "__name__", site.node.target)
-    )
+    before = " + ".join(map(describe_layer, site.layers)) or function_name(site.node)
     if isinstance(replacement, nn.Module):
         return f"{before} -> {describe_layer(replacement)}"
     after = ", ".join(map(describe_layer, replacement)) or "nothing"

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from fxcompile.distance import Distance
+from fxcompile.labels import describe_node, node_name
 from fxcompile.program import FEATURE, Program, dtype_of, fetch, shape_of
-from fxcompile.rewriting import Site, describe_layer
+from fxcompile.rewriting import Site
 from fxcompile.splice import region_inputs, run_region
 from fxcompile.walking import Walk
 from fxcompile.yardstick import Yardstick
@@ -226,10 +227,9 @@ def layer_errors(
     mended = _mended(pair, yard, list(alone), progress)
     made: dict[fx.Node, LayerError] = {}
     for node in nodes:
-        layer = pair.original.layer(node)
         row = made[node] = LayerError(
-            name=str(node.target) if layer is not None else node.name,
-            kind=describe_layer(layer) if layer is not None else getattr(node.target, "__name__", str(node.target)),
+            name=node_name(node),
+            kind=describe_node(pair.original, node),
             error=errors[node].value,
             own=own[node].value if node in own else None,
             alone=alone[node].value if node in alone else None,

@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from fxcompile.calibration import Calibration
 from fxcompile.chains import statistics_behind
 from fxcompile.cost import samples
+from fxcompile.distance import Distance
 from fxcompile.errors import CalibrationError
 from fxcompile.fitting import LayerStats, collect, refitted, row_count
-from fxcompile.layers import CONVOLUTIONS
+from fxcompile.layers import CONVOLUTIONS, holds_weights
 from fxcompile.program import FEATURE, Program
 from fxcompile.rewriting import Pairs, Replacement, Site
 from fxcompile.splice import region_inputs, run_region, run_replacement
@@ -105,13 +106,11 @@ class SiteData:
 
     def error(self, site: Site, replacement: Replacement) -> float:
         """Relative L2 error of a replacement against the original's features, on held-out data."""
-        difference = total = 0.0
+        distance = Distance()
         with torch.no_grad():
             for x, y in self.held_pairs(site):
-                ours = run_replacement(replacement, (x,))
-                difference += float((ours.double() - y.double()).square().sum())
-                total += float(y.double().square().sum())
-        return (difference / total) ** 0.5 if total else (0.0 if not difference else float("inf"))
+                distance.add(run_replacement(replacement, (x,)), y)
+        return distance.value
 
     def fit(self, site: Site, replacement: Replacement) -> tuple[Replacement, float]:
         """Re-solve the last linear layer by least squares; keep whichever is nearer on held-out data."""
@@ -140,7 +139,7 @@ class SiteData:
 
 def later_calls(site: Site, calls: dict[int, list[fx.Node]], features: dict[str, fx.Node]) -> list[fx.Node]:
     """The original's nodes that call a site's layer a second time and more often: those calls are rewritten with it."""
-    if len(site.nodes) > 1 or not any(True for layer in site.layers for _ in layer.parameters()):
+    if len(site.nodes) > 1 or not any(map(holds_weights, site.layers)):
         return []
     nodes = (node for node in calls[id(site.layer)] if node is not site.node)
     return [features[name] for node in nodes if (name := node.meta.get(FEATURE)) in features]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from fxcompile.errors import FxcompileError
+from fxcompile.layers import holds_weights
 from fxcompile.program import FEATURE, Program
 from fxcompile.report import PassReport, Report
 from fxcompile.rewriting import Pass, Site
@@ -70,7 +71,7 @@ class Snapshots:
         found: dict[str, list[Place]] = {site.name: [] for site in self.reports[index].sites if site.outcome == "kept"}
         calls = program.calls()
         for site in self._sites(index, program):
-            shared = len(site.nodes) == 1 and any(True for layer in site.layers for _ in layer.parameters())
+            shared = len(site.nodes) == 1 and any(map(holds_weights, site.layers))
             for nodes in [(node,) for node in calls[id(site.layer)]] if shared else [site.nodes]:
                 place = Place.of(nodes)
                 if place is not None and site.name in found and pass_.selects(site.name):

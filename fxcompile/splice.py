@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fxcompile.canonical import canonicalise
 from fxcompile.errors import RewriteError
 from fxcompile.functional import make_functional
-from fxcompile.layers import PLAIN, converted, on_meta
+from fxcompile.layers import PLAIN, converted, holds_weights, on_meta
 from fxcompile.program import (
     FEATURE,
     ORIGIN,
@@ -27,7 +27,7 @@ from fxcompile.program import (
 from fxcompile.refusals import one_line
 from fxcompile.rewriting import Replacement, Site
 from fxcompile.spellings import STATELESS
-from fxcompile.trees import is_free, outside_of_layers, place
+from fxcompile.trees import drop_dead_code, is_free, outside_of_layers, place
 
 _LAYERS = {*PLAIN, *(kind for kind, _ in STATELESS.values())}
 
@@ -96,11 +96,6 @@ class Fragment:
         for target in new:
             paths[target] = site.name if target in heirs else f"{site.name}{'_' if heirs else '.'}{target}"
         return paths
-
-
-def holds_weights(what: object) -> bool:
-    """Whether something stored in a program is a layer with parameters."""
-    return isinstance(what, nn.Module) and any(True for _ in what.parameters())
 
 
 def same_layer(what: object, layer: nn.Module) -> bool:
@@ -308,7 +303,7 @@ def misfit(site: Site, what: str) -> RewriteError:
 def finish(program: Program) -> None:
     """After the edits of a pass: drop what nothing uses any more, check the graph, and compile it again."""
     graph = program.graph
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    drop_dead_code(graph)
     drop_unused(program.module)
     graph.lint()
     program.module.recompile()

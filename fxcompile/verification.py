@@ -234,13 +234,6 @@ def relative_maximum(ours: Tensor, theirs: Tensor) -> float:
     return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """`||ours - theirs|| / ||theirs||`, the L2 norm over everything."""
-    difference = float((ours.double() - theirs.double()).norm())
-    scale = float(theirs.double().norm())
-    return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
-
-
 class DoubleInterpreter(fx.Interpreter):
     """Runs a program in float64, casting one layer at a time: the whole network is never held twice."""
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxcompile.labels import node_name
 from fxcompile.program import Program, shape_of
 
 Rule = Callable[[Any, int, int], int | None]
@@ -49,7 +50,7 @@ def follow(program: Program, node: fx.Node, axis: int) -> Way:
             return Way(tuple(between), following, axis)
         between.append(following)
         node, axis = following, carried
-    return Way(tuple(between), None, axis, f"the output of '{title(node)}' is used {len(node.users)} times")
+    return Way(tuple(between), None, axis, f"the output of '{node_name(node)}' is used {len(node.users)} times")
 
 
 def carry(program: Program, node: fx.Node, axis: int) -> int | None:
@@ -60,11 +61,6 @@ def carry(program: Program, node: fx.Node, axis: int) -> int | None:
         return None
     shape = shape_of(node.all_input_nodes[0])
     return None if shape is None else rule(layer if layer is not None else node.args[1:], axis, len(shape))
-
-
-def title(node: fx.Node) -> str:
-    """A node's name for a reader: that of the layer it calls, or its own."""
-    return str(node.target) if node.op == "call_module" else node.name
 
 
 def _same(what: Any, axis: int, rank: int) -> int:

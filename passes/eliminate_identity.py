@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Exact
 from fxcompile.cost import samples
+from fxcompile.labels import node_name
 from fxcompile.program import Program, dtype_of, shape_of
 from fxcompile.resizing import Shapes, inputs_of, larger_maps
 from fxcompile.rewriting import Pass, Site, Skip
 
 from ._call import Call
-from ._channels import title
 from ._ranges import UNCHANGED, evidence, lookup, what_of
 
 Rule = Callable[[Any], bool]
@@ -124,10 +124,10 @@ class EliminateIdentity(Pass):
             shared = next((item for item in found[:-1] if len(item.users) > 1), None)
             if shared is None:
                 taken.update(found)
-                yield Site.of(program, *found, name=title(node))
+                yield Site.of(program, *found, name=node_name(node))
             elif node.op == "call_module":
                 yield Skip.of(
-                    node, f"the output of '{title(shared)}', after which it changes nothing, is used elsewhere"
+                    node, f"the output of '{node_name(shared)}', after which it changes nothing, is used elsewhere"
                 )
 
     def rewrite(self, site: Site) -> list[nn.Module]:

@@ -10,12 +10,13 @@ from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Exact
 from fxcompile.errors import FitError
+from fxcompile.labels import node_name
 from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, is_finite, shallow_copy
 from fxcompile.program import Program, shape_of
 from fxcompile.rewriting import Pass, Site, Skip
 
 from ._call import Call
-from ._channels import Way, carry, follow, title
+from ._channels import Way, carry, follow
 
 LINEAR = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
@@ -189,7 +190,7 @@ class _Search:
         source = norm.all_input_nodes[0]
         while source not in self.ways and carry(self.program, source, 1) is not None:
             source = source.all_input_nodes[0]
-        return self.ways[source].reason if source in self.ways else f"it normalises the output of '{title(source)}'"
+        return self.ways[source].reason if source in self.ways else f"it normalises the output of '{node_name(source)}'"
 
     def ahead(self, norm: fx.Node, shifted: bool = False) -> list[fx.Node] | str:
         """The nodes from a norm (without it) to the layer after it that it can fold into, or why there is none."""
@@ -197,7 +198,7 @@ class _Search:
         if way.end is None:
             return way.reason
         layer: Any = self.program.layer(way.end)
-        name = title(way.end)
+        name = node_name(way.end)
         if not isinstance(layer, (*LINEAR, *BATCH_NORMS)):
             return "its output is the network's" if way.end.op == "output" else f"its output goes to '{name}'"
         axis = channel_axis(layer, way.end.all_input_nodes[0])

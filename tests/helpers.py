@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxcompile.labels import describe_node
 from fxcompile.program import Program
-from fxcompile.rewriting import describe_layer
 
 
 class Net(nn.Module):
@@ -36,7 +36,7 @@ def printed(program: Program) -> str:
             continue
         arguments = [text(item, names) for item in node.args]
         arguments += [f"{key}={text(item, names)}" for key, item in node.kwargs.items()]
-        what = describe_layer(layer) if layer is not None else getattr(node.target, "__name__", str(node.target))
+        what = describe_node(program, node)
         call = f"{what}({', '.join(arguments)})"
         lines.append(f"return {', '.join(arguments)}" if node.op == "output" else f"{name} = {call}")
     return "\n".join(lines)

@@ -88,6 +88,18 @@ def test_the_stated_error_is_that_of_the_samples_held_out() -> None:
     assert data.error(site, [worse]) == pytest.approx(float((worse(held) - wanted).norm() / wanted.norm()), rel=1e-4)
 
 
+def test_what_is_not_finite_where_the_original_is_has_an_infinite_error() -> None:
+    """NaN would be above no `max_error`, and the site would be kept."""
+    program, x = traced(), randn(40, 2, 8, 8, seed=1)
+    site = Site.of(program, next(node for node, _ in program.layers(nn.Conv2d)))
+
+    class Lost(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return site.layer(x).sub(0.9).log()
+
+    assert data_of(program, x, [site]).error(site, Lost()) == float("inf")
+
+
 def test_the_last_layer_is_solved_for_and_kept_only_if_nearer_on_held_out_data() -> None:
     program, x = traced(), randn(40, 2, 8, 8, seed=1)
     site = Site.of(program, next(node for node, _ in program.layers(nn.Conv2d)))
