@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from fxcompile.contracts import tolerance
+from fxcompile.errors import one_line
 from fxcompile.lowering import NoSpelling
 from fxcompile.program import Program, flatten_tensors, shape_of
 from fxcompile.reference import Reference
-from fxcompile.refusals import Impure, Refused, one_line
+from fxcompile.refusals import Impure, Refused
 from fxcompile.verification import relative_maximum
 
 

@@ -15,34 +15,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fxcompile.errors import CalibrationError
-from fxcompile.filekinds import one_line, open_regular
-
-_LARGE = 10_000_000
-"""Values that a tensor may claim beyond the bytes it holds."""
+from fxcompile.errors import CalibrationError, named_line
+from fxcompile.filekinds import open_regular
+from fxcompile.labels import dtype_name
+from fxcompile.memory import is_inflated
+from fxcompile.program import InputSpec
 
 _BOMB = 2**30
 """Bytes from which on an archive that unpacks to 200 times its size is refused."""
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One input of a program.
-
-    Attributes:
-        name: as the model's forward has it.
-        shape: of the example, with the batch axis.
-        batch_axis: the axis over which any number of samples may lie; None where the batch is fixed.
-        dynamic_axes: further axes whose size may differ from the example's.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    batch_axis: int | None = 0
-    dynamic_axes: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -156,7 +138,7 @@ def read_calibration(
         reason = "it holds pickled objects" if pickled else "it is truncated or damaged"
         raise CalibrationError(reason, place=place, mend="save plain arrays again") from None
     except Exception as error:  # safetensors raises a class of its own
-        raise CalibrationError(f"it cannot be read: {one_line(error)}", place=place, mend="save it again") from None
+        raise CalibrationError(f"it cannot be read: {named_line(error)}", place=place, mend="save it again") from None
     return fit_to_inputs(arrays, specs, place)
 
 
@@ -223,7 +205,7 @@ def fit_to_inputs(arrays: Mapping[str, Any], specs: Sequence[InputSpec], place: 
         # Some rows at a time: the array may be memory-mapped and larger than memory.
         rows = tensor.split(256) if tensor.is_floating_point() else ()
         if not all(part.to(spec.dtype).isfinite().all() for part in rows):
-            what = f"hold NaN or infinity in {str(spec.dtype).removeprefix('torch.')}"
+            what = f"hold NaN or infinity in {dtype_name(spec.dtype)}"
             raise CalibrationError(f"the samples of '{spec.name}' {what}", place=place, mend="remove or rescale them")
     return Calibration(tuple(specs), tensors)
 
@@ -246,11 +228,12 @@ def _misfit(tensor: Tensor, spec: InputSpec) -> tuple[str, str] | None:
     floating = spec.dtype.is_floating_point
     if floating and not tensor.is_floating_point():
         return (
-            f"the array for '{spec.name}' is {_dtype(tensor)} and the input {str(spec.dtype).removeprefix('torch.')}",
+            f"the array for '{spec.name}' is {dtype_name(tensor.dtype)} and the input {dtype_name(spec.dtype)}",
             "scale and normalise it as for the model, then save it as float32",
         )
     if not floating and tensor.is_floating_point():
-        return f"the array for '{spec.name}' is {_dtype(tensor)} and the input takes integers", "save it as integers"
+        what = f"the array for '{spec.name}' is {dtype_name(tensor.dtype)} and the input takes integers"
+        return what, "save it as integers"
     return None
 
 
@@ -260,10 +243,6 @@ def _shape(tensor: Tensor) -> str:
 
 def _wanted(spec: InputSpec) -> str:
     return "x".join(["N", *map(str, spec.shape[1:])])
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _named(batch: Any, specs: Sequence[InputSpec]) -> dict[str, Any]:
@@ -284,7 +263,7 @@ def _tensor(value: Any, place: str | None = None) -> Tensor:
             raise CalibrationError(
                 "a tensor is sparse, quantized or without values", place=place, mend="give dense ones"
             )
-        if value.numel() > max(_LARGE, value.untyped_storage().nbytes()):
+        if is_inflated(value.numel(), value.untyped_storage().nbytes()):
             raise CalibrationError(
                 f"a tensor claims {value.numel()} values and holds few", place=place, mend="save it again"
             )
@@ -293,7 +272,7 @@ def _tensor(value: Any, place: str | None = None) -> Tensor:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
         raise CalibrationError(
-            f"what is given is no array ({one_line(error)})", place=place, mend="give tensors"
+            f"what is given is no array ({named_line(error)})", place=place, mend="give tensors"
         ) from None
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))

@@ -10,7 +10,7 @@ from typing import Any
 from fxcompile.contracts import Approximate
 from fxcompile.cost import Cost, nodes_cost, program_cost, samples
 from fxcompile.errors import PipelineError
-from fxcompile.labels import describe_node, node_name
+from fxcompile.labels import describe_node, dtype_name, node_name
 from fxcompile.options import wanted
 from fxcompile.pipeline import format_value
 from fxcompile.program import Program, dtype_of, shape_of
@@ -164,11 +164,11 @@ def describe_program(program: Program) -> ProgramText:
     for node in program.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
-        dtype = str(dtype_of(node)).removeprefix("torch.")
+        dtype = dtype_name(dtype_of(node))
         cost = nodes_cost(program.module, [node], batch)
         layers.append(LayerText(node_name(node), describe_node(program, node), list(shape_of(node) or []), dtype, cost))
     inputs = []
     for spec in program.inputs:
         shape: list[int | str] = ["batch" if axis == spec.batch_axis else size for axis, size in enumerate(spec.shape)]
-        inputs.append({"name": spec.name, "shape": shape, "dtype": str(spec.dtype).removeprefix("torch.")})
+        inputs.append({"name": spec.name, "shape": shape, "dtype": dtype_name(spec.dtype)})
     return ProgramText(inputs, list(program.output_names), layers, program_cost(program), list(program.notes))

@@ -79,3 +79,16 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean '{near[0]}'?"
     return f"choose from {', '.join(names)}" if names else "there are none to choose from"
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def named_line(error: BaseException, limit: int = 200) -> str:
+    """An exception's class and message as a single short line."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text}"[:limit] if text else name

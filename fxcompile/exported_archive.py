@@ -28,8 +28,9 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch.export import ExportedProgram
 
-from fxcompile.errors import ReadError
-from fxcompile.filekinds import one_line, open_regular
+from fxcompile.errors import ReadError, named_line
+from fxcompile.filekinds import open_regular
+from fxcompile.memory import is_inflated
 from fxcompile.program_json import Refused, check_expression, checked_program, quoted
 
 _RECORD = re.compile(
@@ -38,7 +39,6 @@ _RECORD = re.compile(
 _IGNORED = re.compile(
     r"archive_format|archive_version|byteorder|\.format_version|\.storage_alignment|\.data/.*|extra/.*"
 )
-_LARGE = 10_000_000
 _LOCK = threading.RLock()
 _TRUST = "if you trust its maker, add --allow-pickle, which lets the file run any code it holds"
 _AGAIN = "save it again with torch.export.save of this torch"
@@ -66,7 +66,7 @@ def read_exported(path: Path, allow_pickle: bool) -> ExportedProgram:
             hidden = _refusal_within(error)
             if hidden is not None:
                 raise ReadError(f"{hidden}", place=place, mend=_TRUST) from None
-            raise ReadError(f"the archive does not load ({one_line(error)})", place=place, mend=_AGAIN) from None
+            raise ReadError(f"the archive does not load ({named_line(error)})", place=place, mend=_AGAIN) from None
         finally:
             logger.setLevel(before)
     return program
@@ -133,7 +133,7 @@ def _checked_reader(base: Any) -> Any:
             try:
                 data = json.loads(super().read_bytes(name))
             except (ValueError, RecursionError) as error:
-                raise ReadError(f"its record {name} is damaged ({one_line(error)})", mend=_AGAIN) from None
+                raise ReadError(f"its record {name} is damaged ({named_line(error)})", mend=_AGAIN) from None
             data = checked_program(data)
             if not name.startswith("models/"):
                 self._check_sizes(name.rpartition("/")[0], data)
@@ -143,7 +143,7 @@ def _checked_reader(base: Any) -> Any:
             for key, payload in data["config"].items():
                 count = math.prod(size["as_int"] for size in payload["tensor_meta"]["sizes"])
                 held = self.archive_file.get_record_size(f"{folder}/{payload['path_name']}")
-                if count > held and (count > _LARGE or held == 0):
+                if is_inflated(count, held) or (count and not held):
                     raise ReadError(f"the tensor '{key}' claims {count} values and holds {held} bytes", mend=_AGAIN)
 
         def read_bytes(self, name: str) -> bytes:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, fx, nn
 
-from fxcompile.errors import EmitError
+from fxcompile.errors import EmitError, one_line
 from fxcompile.program import Program, flatten_tensors, shape_of
-from fxcompile.refusals import one_line, quiet_torch
+from fxcompile.refusals import quiet_torch
 
 
 class _Flat(nn.Module):

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fxcompile.errors import ReadError, UsageError, did_you_mean
-from fxcompile.filekinds import one_line
+from fxcompile.errors import ReadError, UsageError, did_you_mean, named_line
 from fxcompile.refusals import user_line
 
 _FORM = "write --model MODULE:FACTORY or path/to/file.py:FACTORY"
@@ -118,7 +117,7 @@ def _raised(doing: str, error: BaseException) -> ReadError:
         mend = "name a function that makes the module without arguments"
     if isinstance(error, ModuleNotFoundError):
         mend = f"install '{error.name}' or run where it can be imported"
-    return ReadError(f"{doing} raised {one_line(error)}", place=user_line(error) or "--model", mend=mend)
+    return ReadError(f"{doing} raised {named_line(error)}", place=user_line(error) or "--model", mend=mend)
 
 
 def _own(target: Any) -> list[str]:

@@ -9,7 +9,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import IO
 
-from fxcompile.errors import FxcompileError, ReadError
+from fxcompile.errors import FxcompileError, ReadError, named_line
 
 MEND = "give a .pt2 (torch.export.save), or a state dict with --model MODULE:FACTORY"
 
@@ -42,13 +42,6 @@ _SIGNATURES = (
     (b"\x7fELF", "a program"),
     (b"MZ", "a program"),
 )
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """An exception's class and message as a single short line."""
-    text = " ".join(str(error).split())
-    name = type(error).__name__
-    return f"{name}: {text}"[:limit] if text else name
 
 
 def open_regular(path: Path, error: type[FxcompileError] = ReadError, may_be_empty: bool = False) -> IO[bytes]:
@@ -109,7 +102,7 @@ def _zip_kind(stream: IO[bytes], size: int, place: str) -> Kind:
             entries = archive.infolist()
     except Exception as error:  # zipfile raises many classes on malformed input
         raise ReadError(
-            f"the archive is truncated or damaged ({one_line(error)})", place=place, mend="copy or save it again"
+            f"the archive is truncated or damaged ({named_line(error)})", place=place, mend="copy or save it again"
         ) from None
     names = {entry.filename.partition("/")[2] for entry in entries}
     outer = {entry.filename for entry in entries}

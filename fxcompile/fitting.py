@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompile.errors import FitError, UsageError
+from fxcompile.labels import dtype_name
 from fxcompile.layer_stats import LayerStats, check_finite, grouped, mean_output
 from fxcompile.layers import shallow_copy
 from fxcompile.patches import matrix_weight, output_channels, weight_matrix
@@ -199,6 +200,6 @@ def with_parameters(layer: Layer, matrix: Tensor, bias: Tensor | None) -> Layer:
             copied.register_parameter(name, None)
             continue
         rounded = values.detach().to(old.device, old.dtype, copy=True).contiguous()
-        check_finite(rounded, f"fitted numbers ({name}, as {str(old.dtype).removeprefix('torch.')})")
+        check_finite(rounded, f"fitted numbers ({name}, as {dtype_name(old.dtype)})")
         copied.register_parameter(name, nn.Parameter(rounded, requires_grad=old.requires_grad))
     return copied

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fxcompile.calibration import InputSpec
 from fxcompile.errors import CalibrationError
 from fxcompile.memory import is_too_large
+from fxcompile.program import InputSpec
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxcompile.program import Program
@@ -38,3 +39,8 @@ def describe_layer(layer: nn.Module) -> str:
     if isinstance(layer, nn.Linear):
         return f"{kind} {layer.in_features}->{layer.out_features}"
     return kind
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """A dtype without its module: `float32`."""
+    return str(dtype).removeprefix("torch.")

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from fxcompile.errors import TraceError, UsageError
+from fxcompile.input_shapes import example_inputs
 from fxcompile.program import Program
 from fxcompile.reading import read_model
 from fxcompile.refusals import user_line
 from fxcompile.running import Progress
-from fxcompile.shapes import example_inputs
 from fxcompile.timing import Stopwatch
 from fxcompile.tracing import trace
 

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
 
-from fxcompile.calibration import InputSpec
-
 Layer = TypeVar("Layer", bound=nn.Module)
 
 ORIGIN = "fxcompile.origin"
@@ -19,6 +17,24 @@ ORIGIN = "fxcompile.origin"
 
 FEATURE = "fxcompile.feature"
 """Key of `node.meta`: the node of the original program whose value this node computes or approximates."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a program.
+
+    Attributes:
+        name: as the model's forward has it.
+        shape: of the example, with the batch axis.
+        batch_axis: the axis over which any number of samples may lie; None where the batch is fixed.
+        dynamic_axes: further axes whose size may differ from the example's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    batch_axis: int | None = 0
+    dynamic_axes: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from fxcompile.exported_archive import read_exported
 from fxcompile.factories import make_module
 from fxcompile.filekinds import Kind, file_kind
 from fxcompile.layers import is_finite
+from fxcompile.memory import is_inflated
 from fxcompile.state_dicts import find_module, find_state_dict, load_safetensors, load_torch, load_weights
 from fxcompile.uninitialised import Uninitialised
-
-_LARGE = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def check_plain(what: str, tensor: Tensor, place: str) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise ReadError(f"the {what} is sparse or quantized", place=place, mend="save dense floating-point weights")
     held = tensor.untyped_storage().nbytes()
-    if tensor.numel() > max(_LARGE, held):
+    if is_inflated(tensor.numel(), held):
         raise ReadError(
             f"the {what} claims {tensor.numel()} values and holds {held} bytes", place=place, mend="save it again"
         )

@@ -18,7 +18,7 @@ import numpy
 import torch
 from torch import fx, nn
 
-from fxcompile.errors import TraceError
+from fxcompile.errors import TraceError, one_line
 from fxcompile.functional import Unfollowable
 from fxcompile.lowering import PLACE, NoSpelling
 
@@ -90,12 +90,6 @@ def node_line(node: fx.Node) -> str | None:
     found = re.findall(r'File "(.+?)", line (\d+)', node.stack_trace or "")
     own = [f"{filename}:{number}" for filename, number in found if is_own(filename)]
     return own[-1] if own else None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 _BRANCH = "forward branches on, or loops over, a value that it computes from its input"

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fxcompile.calibration import Calibration, InputSpec
+from fxcompile.calibration import Calibration
 from fxcompile.contracts import Exact, tolerance
 from fxcompile.cost import nodes_cost, program_cost, samples
 from fxcompile.distance import Distance
@@ -20,7 +20,7 @@ from fxcompile.errors import ContractError, FitError, RewriteError, did_you_mean
 from fxcompile.footprint import enough_pixels
 from fxcompile.labels import describe_layer, function_name, node_name
 from fxcompile.layers import is_finite
-from fxcompile.program import Program, dtype_of, shape_of
+from fxcompile.program import InputSpec, Program, dtype_of, shape_of
 from fxcompile.report import PassReport, Report, SiteReport
 from fxcompile.rewriting import Pass, Replacement, Site, Skip
 from fxcompile.sitedata import SiteData, full_batches, synthetic_batch

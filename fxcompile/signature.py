@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompile.calling import ModelCode, has_literal
 from fxcompile.errors import TraceError
+from fxcompile.labels import dtype_name
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Signature:
     def describe(self) -> str:
         """The shapes and dtypes of the example tensors, for messages."""
         parts = [
-            f"{name}: {'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
+            f"{name}: {'x'.join(map(str, tensor.shape)) or 'scalar'} {dtype_name(tensor.dtype)}"
             for name, tensor in zip(self.names, self.tensors, strict=True)
         ]
         return f"({', '.join(parts)})"

@@ -14,10 +14,9 @@ from typing import Any
 
 import onnx
 
-from fxcompile.errors import EmitError
+from fxcompile.errors import EmitError, one_line
 from fxcompile.onnxfile import OnnxFile, read_weights
 from fxcompile.program import ORIGIN, Program
-from fxcompile.refusals import one_line
 
 OPAQUE_BYTES = 100_000_000
 """Bytes of weights above which the simplifier does not see their values, to keep them in memory once."""

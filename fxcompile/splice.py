@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompile.canonical import canonicalise
-from fxcompile.errors import RewriteError
+from fxcompile.errors import RewriteError, one_line
 from fxcompile.functional import make_functional
 from fxcompile.layers import PLAIN, converted, holds_weights, on_meta
 from fxcompile.program import (
@@ -24,7 +24,6 @@ from fxcompile.program import (
     record_shape,
     shape_of,
 )
-from fxcompile.refusals import one_line
 from fxcompile.rewriting import Replacement, Site
 from fxcompile.spellings import STATELESS
 from fxcompile.trees import drop_dead_code, is_free, outside_of_layers, place

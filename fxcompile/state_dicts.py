@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompile.errors import ReadError
+from fxcompile.errors import ReadError, named_line
 from fxcompile.factories import importable
-from fxcompile.filekinds import one_line
+from fxcompile.labels import dtype_name
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params", "module",
             "ema_state_dict", "ema", "model_ema", "params_ema", "backbone")  # fmt: skip
@@ -51,7 +51,7 @@ def load_torch(path: Path, allow_pickle: bool) -> object:
             ) from None
         if allow_pickle and isinstance(error, (ImportError, AttributeError)):
             raise ReadError(
-                f"its classes cannot be imported ({one_line(error)})",
+                f"its classes cannot be imported ({named_line(error)})",
                 place=place,
                 mend="run where they can be imported",
             ) from None
@@ -65,7 +65,7 @@ def load_torch(path: Path, allow_pickle: bool) -> object:
 def _short(error: BaseException) -> str:
     """Without torch's advice to load unsafely, which comes before the reason."""
     _, separator, reason = str(error).partition("WeightsUnpickler error:")
-    return " ".join(reason.split())[:120] if separator else one_line(error, 120)
+    return " ".join(reason.split())[:120] if separator else named_line(error, 120)
 
 
 def _needs_code(message: str) -> bool:
@@ -91,7 +91,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:
         raise ReadError(
-            f"it is a damaged or truncated safetensors file ({one_line(error, 120)})",
+            f"it is a damaged or truncated safetensors file ({named_line(error, 120)})",
             place=str(path),
             mend="copy it again",
         ) from None
@@ -168,7 +168,7 @@ def load_weights(module: nn.Module, state: dict[str, Any], place: str) -> None:
         and (not isinstance(state[key], Tensor) or state[key].shape != wanted[key].shape)
     ]
     mis_typed = [
-        f"{key} ({_dtype(state[key])}, wanted {_dtype(wanted[key])})"
+        f"{key} ({dtype_name(state[key].dtype)}, wanted {dtype_name(wanted[key].dtype)})"
         for key in state
         if isinstance(wanted.get(key), Tensor) and isinstance(state[key], Tensor)
         if _is_of_another_kind(state[key], wanted[key])
@@ -197,7 +197,7 @@ def load_weights(module: nn.Module, state: dict[str, Any], place: str) -> None:
         module.load_state_dict({**present, **state}, strict=True, assign=has_no_values)
     except Exception as error:
         raise ReadError(
-            f"the weights cannot be loaded ({one_line(error)})", place=place, mend="check --model"
+            f"the weights cannot be loaded ({named_line(error)})", place=place, mend="check --model"
         ) from None
 
 
@@ -227,10 +227,6 @@ def _shape(value: Any) -> str:
 def _is_of_another_kind(given: Tensor, wanted: Tensor) -> bool:
     """Torch would drop the imaginary part, or take integer codes for weights."""
     return given.is_complex() != wanted.is_complex() or (wanted.is_floating_point() and not given.is_floating_point())
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _some(keys: list[str]) -> str:

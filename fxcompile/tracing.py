@@ -14,12 +14,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fxcompile.agreement import checked
-from fxcompile.calibration import InputSpec
 from fxcompile.canonical import canonicalise
 from fxcompile.errors import FxcompileError, TraceError
 from fxcompile.exported import export, exported_graph, functionalised, has_fixed_batch, module_of
 from fxcompile.functional import Unfollowable, make_functional
-from fxcompile.program import FEATURE, Program, flatten_tensors, output_node
+from fxcompile.program import FEATURE, InputSpec, Program, flatten_tensors, output_node
 from fxcompile.reference import ModelState, Reference, left_alone
 from fxcompile.refusals import Impure, Refused, refusal
 from fxcompile.signature import Signature

@@ -15,10 +15,10 @@ from hypothesis.database import ExampleDatabase
 from hypothesis.errors import Flaky
 from torch import Tensor, fx, nn
 
-from fxcompile.calibration import Calibration, InputSpec
+from fxcompile.calibration import Calibration
 from fxcompile.contracts import tolerance
 from fxcompile.layers import as_double, converted
-from fxcompile.program import Program, flatten_tensors
+from fxcompile.program import InputSpec, Program, flatten_tensors
 from fxcompile.summing import function_in_order, layer_in_order
 
 Drawn = TypeVar("Drawn")

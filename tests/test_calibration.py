@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxcompile.calibration import Calibration, InputSpec, as_calibration, read_calibration
+from fxcompile.calibration import Calibration, as_calibration, read_calibration
 from fxcompile.errors import CalibrationError
+from fxcompile.program import InputSpec
 
 IMAGE = InputSpec("image", (2, 3, 8, 6), torch.float32)
 GREY = InputSpec("image", (2, 1, 4, 4), torch.float32)

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from fxcompile import images
-from fxcompile.calibration import InputSpec
 from fxcompile.errors import CalibrationError
 from fxcompile.images import read_images
+from fxcompile.program import InputSpec
 
 COLOUR = InputSpec("image", (2, 3, 8, 8), torch.float32)
 GREY = InputSpec("image", (2, 1, 8, 8), torch.float32)

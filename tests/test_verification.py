@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxcompile.calibration import InputSpec, as_calibration
+from fxcompile.calibration import as_calibration
 from fxcompile.contracts import tolerance
+from fxcompile.program import InputSpec
 from fxcompile.tracing import trace
 from fxcompile.verification import (
     KINDS,
