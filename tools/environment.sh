@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by tools/demo and tools/test: makes .venv and keeps it up to date with pyproject.toml and constraints.txt.
+# Sourced by the scripts beside it: makes .venv and keeps it up to date with pyproject.toml and constraints.txt.
 #
 #   make_environment project   .venv with this project, editable
-#   make_environment test      the same, with the dependencies of its extra `test`
+#   make_environment test      the same, with the dependencies of its extra `test`; so for `mutants`
 #   add_files_of PACKAGE...    packages of which only the files are read: installed without their dependencies
 #
 # They do nothing where nothing changed since they last succeeded. What fails ends in one line that says what it was and
