@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fxcompile.calibration import Calibration
-from fxcompile.contracts import Exact, tolerance
+from fxcompile.contracts import Exact, Trained, tolerance
 from fxcompile.cost import nodes_cost, program_cost, samples
 from fxcompile.distance import Distance
 from fxcompile.errors import ContractError, FitError, RewriteError, did_you_mean
 from fxcompile.footprint import enough_pixels
+from fxcompile.gradients import unreached
 from fxcompile.labels import describe_layer, function_name, node_name
 from fxcompile.layers import is_finite
 from fxcompile.program import InputSpec, Program, dtype_of, shape_of
@@ -266,6 +267,9 @@ class Run:
         report.examples = self.examples
         strategy = cases(self.inputs.kinds(), most_samples(self.program, self.examples))
         exact = isinstance(pass_.promise, Exact)
+        # Layers that the model itself keeps from training, under whose names their replacements stand.
+        frozen = unreached(before, before.examples) if isinstance(pass_.promise, Trained) else []
+        untrained = tuple(name.rpartition(".")[0] for name in frozen)
 
         def check(case: Case) -> None:
             tensors = self.inputs.make(case)
@@ -283,6 +287,10 @@ class Run:
                     raise Broken(f"'{name}' has shape {tuple(given.shape)} instead of {tuple(wanted.shape)}")
                 if not is_finite(given):
                     raise Broken(f"'{name}' is not finite")
+            if isinstance(pass_.promise, Trained):
+                lost = [name for name in unreached(self.program, tensors) if not name.startswith(untrained)]
+                if lost:
+                    raise Broken(f"no gradient reaches parameter '{lost[0]}'")
 
         broken = search(check, strategy, self.examples, self.seed)
         if not exact or broken is not None:

@@ -10,7 +10,7 @@ import torch
 from fxcompile.passes import EliminateIdentity, FoldBatchNorm
 from torch import Tensor, nn
 
-from fxcompile.contracts import Approximate, Exact
+from fxcompile.contracts import Approximate, Exact, Trained
 from fxcompile.dumping import dump
 from fxcompile.errors import ContractError, RewriteError, UsageError
 from fxcompile.fitting import with_parameters
@@ -168,6 +168,55 @@ def test_what_only_the_whole_network_shows_is_found_and_rolled_back(program: Pro
     assert kept.record.passes[0].outcome == "kept"
     assert kept.record.passes[0].reason.startswith("pass 'out-of-context' breaks its contract (exact) there: ")
     assert not torch.allclose(kept.program(x), program(x), rtol=1e-2)
+
+
+class Rounded(nn.Module):
+    """Two layers with whole numbers between them, and no straight-through estimate: only the second learns."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).to(torch.int32).to(x.dtype))
+
+
+class Cut(Pass):
+    """Puts a layer that cannot learn in front of each convolution of eight channels."""
+
+    name: ClassVar = "cut"
+    contract: ClassVar = Trained()
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        for node, layer in program.layers(nn.Conv2d):
+            if layer.in_channels == 8:
+                yield Site.of(program, node)
+
+    def rewrite(self, site: Site) -> Replacement:
+        return Rounded(nn.Conv2d(8, 8, 1), site.layer)
+
+
+def test_a_trained_pass_must_let_gradients_reach_every_parameter(program: Program) -> None:
+    with pytest.raises(ContractError, match="no gradient reaches parameter 'conv2"):
+        PassManager([Cut()]).run(program)
+
+
+def test_what_the_model_itself_keeps_from_training_is_no_breach() -> None:
+    """Layers ahead of a cast to whole numbers in the model learn nothing, before as after the rewrite."""
+
+    class Coded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.back = nn.Conv2d(3, 8, 5), nn.Conv2d(8, 4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.back((8 * self.front(x)).to(torch.int32).to(x.dtype))
+
+    torch.manual_seed(0)
+    program = trace(Coded().eval(), torch.randn(2, 3, 12, 12))
+    result = PassManager("stack-kernels(rank=4, activation=relu, min_saving=none)").run(program)
+    assert [site.outcome for site in result.record.passes[0].sites] == ["kept", "kept"]
+    assert all(parameter.grad is None for parameter in program.module.parameters())
 
 
 class Wrong(Pass):
