@@ -10,8 +10,9 @@ from torch import fx
 
 from fxcompile import schemas, spellings
 from fxcompile.image_rules import lower_value_dependent
-from fxcompile.lowering import Call, Canonicaliser, rule
+from fxcompile.lowering import Canonicaliser, rule
 from fxcompile.program import dtype_of
+from fxcompile.raw_nodes import Call
 
 
 def lower_arithmetic(self: Canonicaliser, call: Call) -> Any:

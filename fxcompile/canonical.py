@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from fxcompile import function_rules, layer_rules, scatter_rules
+from fxcompile import function_rules, layer_rules, recurrent_rules, scatter_rules
 from fxcompile.lowering import Canonicaliser, NoSpelling
 from fxcompile.sizes import record_missing_shapes, settle
 
@@ -19,6 +19,7 @@ __all__ = ["NoSpelling", "canonicalise"]
 
 function_rules.register()
 layer_rules.register()
+recurrent_rules.register()
 scatter_rules.register()
 
 

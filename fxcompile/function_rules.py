@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from fxcompile import arithmetic_rules, image_rules, index_rules, schemas, shape_rules, size_rules, spellings
 from fxcompile.image_rules import interpolate, lower_unfold, make_pad, module_local_response_norm
-from fxcompile.lowering import MODULE_RULES, Call, Canonicaliser, rule
+from fxcompile.lowering import MODULE_RULES, Canonicaliser, rule
 from fxcompile.program import shape_of
+from fxcompile.raw_nodes import Call
 from fxcompile.shape_rules import lower_flatten, lower_unflatten
 
 

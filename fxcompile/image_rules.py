@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxcompile import spellings
-from fxcompile.lowering import Call, Canonicaliser, NoSpelling, rule
+from fxcompile.lowering import Canonicaliser, NoSpelling, rule
 from fxcompile.program import shape_of
+from fxcompile.raw_nodes import Call
 
 _MODES = {"nearest": "nearest", "linear": "linear", "bilinear": "bilinear", "trilinear": "trilinear",
           "bicubic": "bicubic", "nearest_exact": "nearest-exact"}  # fmt: skip

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from fxcompile import schemas
-from fxcompile.lowering import Call, Canonicaliser, NoSpelling, rule
+from fxcompile.lowering import Canonicaliser, NoSpelling, rule
 from fxcompile.program import dtype_of
+from fxcompile.raw_nodes import Call
 
 LARGE = 2**62
 """From here on, `aten` means the end of an axis."""

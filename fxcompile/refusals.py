@@ -20,7 +20,8 @@ from torch import fx, nn
 
 from fxcompile.errors import TraceError, one_line
 from fxcompile.functional import Unfollowable
-from fxcompile.lowering import PLACE, NoSpelling
+from fxcompile.lowering import NoSpelling
+from fxcompile.raw_nodes import PLACE
 
 
 class Refused(Exception):

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcompile.lowering import Call, Canonicaliser, rule
+from fxcompile.lowering import Canonicaliser, rule
 from fxcompile.program import dtype_of, shape_of
+from fxcompile.raw_nodes import Call
 
 
 def lower_index_put(self: Canonicaliser, call: Call) -> Any:

@@ -12,8 +12,9 @@ from torch import fx
 from fxcompile import schemas, spellings
 from fxcompile.functional import VALUE
 from fxcompile.index_rules import lower_getitem
-from fxcompile.lowering import Call, Canonicaliser, rule
+from fxcompile.lowering import Canonicaliser, rule
 from fxcompile.program import dtype_of, shape_of
+from fxcompile.raw_nodes import Call
 from fxcompile.shape_rules import swapped
 
 

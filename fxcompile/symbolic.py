@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from fxcompile.functional import WRITING
 from fxcompile.layers import CONVOLUTIONS, computes_weights, plain_kind
-from fxcompile.lowering import MODULE_RULES, PLACE, is_traced_constant
+from fxcompile.lowering import MODULE_RULES
+from fxcompile.raw_nodes import PLACE, is_traced_constant
 from fxcompile.refusals import current_line
 from fxcompile.signature import Signature
 
