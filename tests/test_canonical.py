@@ -15,8 +15,6 @@ from fxcompile.program import Program
 from fxcompile.tracing import trace
 from fxcompile.verification import relative_maximum
 
-torch.set_num_threads(1)
-
 IMAGE, SIGNAL, TOKENS, VOLUME = (2, 4, 6, 8), (2, 4, 9), (2, 5, 8), (2, 2, 4, 6, 4)
 Spelling = Callable[..., Any]
 

@@ -16,8 +16,6 @@ from zoo import ARCHITECTURES, FAMILIES, example_inputs
 from fxcompile.cost import Cost, nodes_cost, program_cost, samples
 from fxcompile.tracing import trace
 
-torch.set_num_threads(1)
-
 
 def cost_of(model: nn.Module, *inputs: Tensor) -> Cost:
     return program_cost(trace(model.eval(), inputs))

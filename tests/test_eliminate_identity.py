@@ -20,8 +20,6 @@ from fxcompile.manager import PassManager, Result
 from fxcompile.program import Program
 from fxcompile.tracing import trace
 
-torch.set_num_threads(1)
-
 
 def image(*shape: int) -> Tensor:
     return torch.randn(*(shape or (2, 4, 6, 6)), generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -21,8 +21,6 @@ from fxcompile.manager import PassManager, Result
 from fxcompile.program import shape_of
 from fxcompile.tracing import trace
 
-torch.set_num_threads(1)
-
 
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model in eval mode and float64, batch norms with statistics that matter and some negative gammas."""

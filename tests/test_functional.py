@@ -15,8 +15,6 @@ from fxcompile.functional import Unfollowable, make_functional
 from fxcompile.tracing import trace
 from fxcompile.verification import relative_maximum
 
-torch.set_num_threads(1)
-
 RENAMED: dict[str, Callable[..., Any]] = {}
 VIEWED: dict[str, Callable[..., Any]] = {}
 ASSIGNED: dict[str, Callable[..., Any]] = {}

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from fxcompile.errors import TraceError
 from fxcompile.tracing import trace
 
-torch.set_num_threads(1)
-
 
 def model_of(function: Callable[..., Any]) -> nn.Module:
     torch.manual_seed(0)

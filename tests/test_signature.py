@@ -17,8 +17,6 @@ from fxcompile.program import output_node
 from fxcompile.tracing import trace
 from fxcompile.verification import relative_maximum
 
-torch.set_num_threads(1)
-
 NAMES: dict[str, tuple[list[str], list[str]]] = {
     "two_tensors": (["x", "y"], ["output"]),
     "keywords_some_none": (["x", "scale"], ["output"]),

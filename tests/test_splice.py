@@ -17,8 +17,6 @@ from fxcompile.rewriting import Replacement, Site
 from fxcompile.splice import Splicer, finish, fragment_of, region_inputs, run_region, run_replacement
 from fxcompile.tracing import trace
 
-torch.set_num_threads(1)
-
 
 def image(*shape: int) -> Tensor:
     return torch.randn(*(shape or (2, 4, 6, 6)), generator=torch.Generator().manual_seed(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -30,15 +30,6 @@ from torch.nn import functional as F
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 KERNELS = [(5,), (7,), (5, 5), (7, 7), (5, 7), (7, 3), (5, 3), (1, 5), (5, 5, 5), (5, 3, 1)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small systems: more threads cost time, and on a busy machine very much."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

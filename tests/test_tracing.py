@@ -17,8 +17,6 @@ from fxcompile.errors import TraceError
 from fxcompile.tracing import trace
 from fxcompile.verification import relative_maximum
 
-torch.set_num_threads(1)
-
 
 @pytest.mark.parametrize("road", ["symbolic", "export"])
 @pytest.mark.parametrize("name", MODELS)
