@@ -15,7 +15,7 @@ from fxcompile import layers
 from fxcompile.functional import VALUE, is_plain
 from fxcompile.program import ORIGIN, fetch, shape_of
 from fxcompile.raw_nodes import (
-    PLACE,
+    PLACE as PLACE,
     Call,
     ancestors,
     innermost_class,

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from fxcompile.errors import FxcompileError
+from fxcompile.lowering import PLACE
 from fxcompile.program import Program
-from fxcompile.raw_nodes import PLACE
 from fxcompile.rewriting import Pass, Site
 from fxcompile.testing.growing import ANY, RandomPicker, Recipe, grow
 from fxcompile.testing.network import FILENAME, Network, Step
