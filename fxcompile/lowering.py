@@ -16,6 +16,8 @@ from fxcompile.functional import VALUE, is_plain
 from fxcompile.program import ORIGIN, fetch, shape_of
 from fxcompile.raw_nodes import (
     PLACE as PLACE,
+)
+from fxcompile.raw_nodes import (
     Call,
     ancestors,
     innermost_class,
