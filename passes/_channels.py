@@ -86,27 +86,15 @@ def _flatten(args: Any, axis: int, rank: int) -> int | None:
     return axis - (end - start) if axis > end else None
 
 
-def _transpose(args: Any, axis: int, rank: int) -> int:
-    first, second = int(args[0]), int(args[1])
-    return {first: second, second: first}.get(axis, axis)
-
-
 def _permute(args: Any, axis: int, rank: int) -> int:
     return list(args[0]).index(axis)
 
 
 def _mean(args: Any, axis: int, rank: int) -> int | None:
-    if not args or args[0] is None:
-        return None
-    dims = args[0] if isinstance(args[0], (tuple, list)) else (args[0],)
-    if axis in dims:
+    if not args or args[0] is None or axis in args[0]:
         return None
     kept = len(args) > 1 and args[1]
-    return axis if kept else axis - sum(dim < axis for dim in dims)
-
-
-def _squeeze(args: Any, axis: int, rank: int) -> int | None:
-    return _mean(args, axis, rank)
+    return axis if kept else axis - sum(dim < axis for dim in args[0])
 
 
 def _unsqueeze(args: Any, axis: int, rank: int) -> int | None:
@@ -130,10 +118,9 @@ LAYERS: dict[type[nn.Module], Rule] = {
 }
 FUNCTIONS: dict[Any, Rule] = {
     torch.flatten: _flatten,
-    torch.transpose: _transpose,
     torch.permute: _permute,
     torch.mean: _mean,
-    torch.squeeze: _squeeze,
+    torch.squeeze: _mean,  # over axes of one
     torch.unsqueeze: _unsqueeze,
     F.pad: _pad,
     F.interpolate: _interpolate,

@@ -60,7 +60,7 @@ _LAYERS_INSIDE = {
     nn.AdaptiveMaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
 }  # fmt: skip
 _FUNCTIONS_INSIDE = {
-    torch.reshape, torch.flatten, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.mean,
+    torch.reshape, torch.flatten, torch.permute, torch.squeeze, torch.unsqueeze, torch.mean,
     torch.amax, torch.amin, torch.Tensor.expand, operator.getitem,
 }  # fmt: skip
 

@@ -68,7 +68,6 @@ FUNCTIONS: dict[Any, Rule] = {
     operator.sub: number(0),
     torch.pow: number(1),
     torch.permute: lambda args: list(args[0]) == sorted(args[0]),
-    torch.transpose: lambda args: args[0] == args[1],
     torch.clone: lambda args: not args,
     torch.cat: always,  # of one tensor
     torch.roll: lambda args: not any(args[0]),
@@ -87,7 +86,7 @@ RESIZING: dict[Any, Rule] = {
 }
 """Identities if input and output have one shape whatever the size of the network's input."""
 
-ORDERS = (torch.permute, torch.transpose)
+ORDERS = (torch.permute,)
 SHAPES = (torch.reshape, torch.flatten)
 PARTS = (torch.chunk, torch.split, torch.unbind)
 AGAIN = (torch.floor, torch.ceil, torch.trunc, torch.round, torch.sign)
@@ -245,13 +244,8 @@ def as_one(nodes: Sequence[fx.Node], kind: Sequence[Any], sizes: _Sizes) -> bool
 
 
 def order_of(node: fx.Node) -> list[int]:
-    """A permutation, or an exchange of two axes, as an order of all axes."""
-    if node.target is torch.permute:
-        return list(node.args[1])  # type: ignore[arg-type]
-    order = list(range(len(shape_of(node) or ())))
-    first, second = node.args[1:]
-    order[first], order[second] = order[second], order[first]  # type: ignore[index]
-    return order
+    """The order of all axes that a permutation gives."""
+    return list(node.args[1])  # type: ignore[arg-type]
 
 
 def composed(first: list[int], second: list[int]) -> list[int]:

@@ -274,6 +274,4 @@ def pads_zeros(layer: Any) -> bool:
     """Whether a layer puts zeros around its input."""
     if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros":
         return False
-    if isinstance(layer.padding, str):
-        return bool(layer.padding == "same" and max(layer.kernel_size) > 1)
-    return any(layer.padding)
+    return isinstance(layer.padding, str) or any(layer.padding)  # as text only where its two sides differ

@@ -135,7 +135,7 @@ def shape_of_work(site: Site) -> dict[str, Any]:
     dims = len(conv.kernel_size)
     return {
         "weight_shape": tuple(conv.weight.shape),
-        "padded_size": tuple(n + 2 * p for n, p in zip(site.input_shape[-dims:], total_padding(conv), strict=True)),
+        "padded_size": tuple(n + 2 * p for n, p in zip(site.input_shape[-dims:], conv.padding, strict=True)),
         "out_size": site.output_shape[-dims:],
         "groups": conv.groups,
         "dilation": conv.dilation,
@@ -168,7 +168,7 @@ def make_layers(conv: Any, stages: Sequence[Tensor], biases: Sequence[Tensor | N
             weight.shape[0],
             tuple(weight.shape[2:]),
             stride=conv.stride if index == last else 1,
-            padding=total_padding(conv) if index == 0 else (0,) * dims,
+            padding=conv.padding if index == 0 else (0,) * dims,
             dilation=conv.dilation,
             groups=conv.groups,
             bias=bias is not None,
@@ -181,13 +181,6 @@ def make_layers(conv: Any, stages: Sequence[Tensor], biases: Sequence[Tensor | N
             layer.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=trainable)
         layers.append(layer.eval())
     return layers
-
-
-def total_padding(conv: Any) -> tuple[int, ...]:
-    """The padding in pixels on each side of each axis; "same" is symmetric where all sides are odd."""
-    if conv.padding == "same":
-        return tuple(dilation * (size - 1) // 2 for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True))
-    return (0,) * len(conv.kernel_size) if conv.padding == "valid" else tuple(conv.padding)
 
 
 @torch.no_grad()

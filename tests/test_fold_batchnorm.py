@@ -202,6 +202,23 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Sequential(nn.Conv2d(4, 6, 3), nn.Upsample(scale_factor=2, mode="bilinear"), BN(6)), ()),
     "after a convolution, through the mean": (
         lambda: Net(lambda m, x: m.bn(m.c(x).mean((2, 3))), c=nn.Conv2d(4, 6, 3), bn=nn.BatchNorm1d(6)), ()),
+    "after a convolution, through the mean of one axis and a squeeze": (
+        lambda: Net(lambda m, x: m.bn(m.c(x).mean(3, keepdim=True).squeeze(3)),
+                    c=nn.Conv2d(4, 6, 3), bn=nn.BatchNorm1d(6)), ()),
+    "after a convolution, through the means of axes in turn": (
+        lambda: Net(lambda m, x: m.bn(m.c(x).mean(-1).mean(2)), c=nn.Conv2d(4, 6, 3), bn=nn.BatchNorm1d(6)), ()),
+    "after a linear layer, through an axis that comes and goes before its channels": (
+        lambda: Net(lambda m, x: m.bn(m.fc(x.flatten(1)).unsqueeze(1).squeeze(1)),
+                    fc=nn.Linear(196, 5), bn=nn.BatchNorm1d(5)), ()),
+    "after a linear layer, through an axis that comes after its channels": (
+        lambda: Net(lambda m, x: m.bn(m.fc(x.flatten(1)).unsqueeze(2)),
+                    fc=nn.Linear(196, 5), bn=nn.BatchNorm1d(5)), ()),
+    "after a linear layer, through a flatten of the axes before its channels": (
+        lambda: Net(lambda m, x: m.bn(m.fc(x).flatten(1, 2).transpose(1, 2)), fc=nn.Linear(7, 5), bn=nn.BatchNorm1d(5)),
+        (2, 4, 3, 7)),
+    "beside means of all values": (
+        lambda: Net(lambda m, x: m.bn(m.c(x)) + m.d(x).mean(dim=None, keepdim=True) + m.e(x).mean(),
+                    c=nn.Conv2d(4, 6, 3), bn=BN(6), d=nn.Conv2d(4, 2, 3), e=nn.Conv2d(4, 2, 3)), ()),
     "twice after a convolution": (lambda: Sequential(nn.Conv2d(4, 6, 3), BN(6), nn.Dropout(), BN(6)), ()),
     "before a convolution without padding": (lambda: Sequential(nn.ReLU(), BN(4), nn.Conv2d(4, 6, 3, groups=2)), ()),
     "before one with 'valid' padding": (lambda: Sequential(nn.ReLU(), BN(4), nn.Conv2d(4, 6, 3, padding="valid")), ()),
@@ -265,6 +282,9 @@ LEAVES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
         "the zeros around the input of '2' would lack the norm's shift"),
     "zeros are padded by 'same'": (
         lambda: Sequential(nn.ReLU(), BN(4), nn.Conv2d(4, 6, 3, padding="same")), (),
+        "the zeros around the input of '2'"),
+    "zeros are padded by 'same' on one side": (
+        lambda: Sequential(nn.ReLU(), BN(4), nn.Conv2d(4, 6, 2, padding="same")), (),
         "the zeros around the input of '2'"),
     "zeros are padded on one axis only": (
         lambda: Sequential(nn.ReLU(), BN(4), nn.Conv2d(4, 6, 3, padding=(0, 1))), (),

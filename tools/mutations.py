@@ -8,6 +8,7 @@ alone: annotations and decorators; and, as mutmut does, docstrings and the argum
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def mutants_of(root: Path, path: Path) -> list[Mutant]:
     """All different mutants of a file, in the order of its lines."""
     visitor = _Visitor(str(path.relative_to(root)), path.read_text())
     visitor.wrapper.visit(visitor)
-    return sorted({item.code: item for item in visitor.found}.values(), key=lambda item: item.line)
+    different = {re.sub(r",\s*\)", ")", item.code): item for item in visitor.found}  # with or without a last comma
+    return sorted(different.values(), key=lambda item: item.line)
 
 
 def changed_lines(old: str, new: str) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
