@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fxcompile.errors import CalibrationError, UsageError
 from fxcompile.filekinds import open_regular
-from fxcompile.files import check_folder, check_writable
+from fxcompile.writing import check_folder, check_writable
 
 
 def pipeline_text(passes: tuple[str, ...]) -> tuple[str, str]:

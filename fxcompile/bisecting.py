@@ -18,12 +18,13 @@ from torch import fx
 from fxcompile.calibration import as_calibration
 from fxcompile.diagnosis import Diagnosis, PassError, SiteError
 from fxcompile.file_errors import file_errors
-from fxcompile.manager import PassManager, silent
+from fxcompile.manager import PassManager
 from fxcompile.pipeline import parse_pipeline
 from fxcompile.program import FEATURE, Program
+from fxcompile.progress import Progress, silent
 from fxcompile.report import PassReport
 from fxcompile.rewriting import Pass
-from fxcompile.running import Progress, Run
+from fxcompile.running import Run
 from fxcompile.side_by_side import LayerError, SideBySide, layer_errors
 from fxcompile.snapshots import Snapshots
 from fxcompile.timing import Stopwatch

@@ -184,15 +184,15 @@ def compile_command(
     with contextlib.redirect_stdout(sys.stderr):  # what the model's code prints is no report
         from fxcompile.calibration import read_calibration
         from fxcompile.emission import check_opset, with_dynamic
-        from fxcompile.files import write_atomically
         from fxcompile.loading import load
         from fxcompile.manager import PassManager
         from fxcompile.pipeline import parse_pipeline
-        from fxcompile.progress import Progress
+        from fxcompile.progress import ProgressBar
+        from fxcompile.writing import write_atomically
 
         parsed = parse_pipeline(text, source)
         check_opset(opset)
-        with Progress(quiet) as progress:
+        with ProgressBar(quiet) as progress:
             program = load(model, factory, input_shapes, allow_pickle, progress)
             with_dynamic(program, free)
             data = None
@@ -243,9 +243,9 @@ def show_command(
     with contextlib.redirect_stdout(sys.stderr):
         from fxcompile.describing import describe_program
         from fxcompile.loading import load
-        from fxcompile.progress import Progress
+        from fxcompile.progress import ProgressBar
 
-        with Progress() as progress:
+        with ProgressBar() as progress:
             described = describe_program(load(model, factory, input_shapes, allow_pickle, progress))
     print_text(json.dumps(described.as_dict(), indent=2) if as_json else described.text(terminal_width()))
 

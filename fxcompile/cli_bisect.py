@@ -81,13 +81,13 @@ def bisect_command(
     with contextlib.redirect_stdout(sys.stderr):  # what the model's code prints is no report
         from fxcompile.bisecting import bisect
         from fxcompile.calibration import read_calibration
-        from fxcompile.files import write_atomically
         from fxcompile.loading import load
         from fxcompile.pipeline import parse_pipeline
-        from fxcompile.progress import Progress
+        from fxcompile.progress import ProgressBar
+        from fxcompile.writing import write_atomically
 
         parsed = parse_pipeline(text, source)
-        with Progress(quiet) as progress:
+        with ProgressBar(quiet) as progress:
             program = load(model, factory, input_shapes, allow_pickle, progress)
 
             def samples_in(path: Path | None) -> Calibration | None:

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from fxcompile.errors import WriteError
-from fxcompile.files import write_atomically
 from fxcompile.labels import describe_layer, function_name
 from fxcompile.program import ORIGIN, Program, shape_of
+from fxcompile.writing import write_atomically
 
 _HEADER = "# fxcompile: "
 

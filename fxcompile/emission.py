@@ -19,13 +19,13 @@ from google.protobuf.message import DecodeError
 from fxcompile.cost import program_cost
 from fxcompile.errors import EmitError, UsageError, did_you_mean, one_line
 from fxcompile.exporting import export
-from fxcompile.files import check_writable, publish, scratch_beside
 from fxcompile.layers import is_finite
 from fxcompile.onnxfile import OnnxFile, write_onnx
 from fxcompile.program import InputSpec, Program
 from fxcompile.report import FileReport
 from fxcompile.simplifying import OPAQUE_BYTES, SIMPLIFICATIONS, put_metadata, simplify
 from fxcompile.verification import FEWEST, Broken, Case, Inputs, cases, compare_noisy, most_samples, search
+from fxcompile.writing import check_writable, publish, scratch_beside
 
 if TYPE_CHECKING:
     from fxcompile.manager import Result

@@ -9,9 +9,9 @@ from pathlib import Path
 from fxcompile.errors import TraceError, UsageError
 from fxcompile.input_shapes import example_inputs
 from fxcompile.program import Program
+from fxcompile.progress import Progress
 from fxcompile.reading import read_model
 from fxcompile.refusals import user_line
-from fxcompile.running import Progress
 from fxcompile.timing import Stopwatch
 from fxcompile.tracing import trace
 

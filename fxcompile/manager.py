@@ -15,9 +15,10 @@ from fxcompile.dumping import Dumps
 from fxcompile.errors import UsageError
 from fxcompile.pipeline import format_pipeline, parse_pipeline
 from fxcompile.program import FEATURE, Program
+from fxcompile.progress import Progress, silent
 from fxcompile.report import Report
 from fxcompile.rewriting import Pass
-from fxcompile.running import Progress, Run, Verify
+from fxcompile.running import Run, Verify
 from fxcompile.timing import Stopwatch
 from fxcompile.verification import FEWEST, Inputs
 
@@ -26,10 +27,6 @@ BUDGET = 30_000_000_000
 
 OVERHEAD = 1_000_000
 """Multiply-accumulates that take as long as the call of one operation does, however little it computes."""
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Shows no progress."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,25 @@
-"""A progress bar on stderr for what takes longer than two seconds."""
+"""How far the work has come: what is called as it goes on, and a bar on stderr once it has lasted two seconds."""
 
 from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
 
 PATIENCE = 2.0
 """Seconds of silence before a bar is drawn."""
 
 
-class Progress:
+def silent(what: str, done: int, total: int) -> None:
+    """Shows no progress."""
+
+
+class ProgressBar:
     """Called as work goes on; draws a bar once the work has lasted. Nothing is drawn where stderr is no terminal.
 
     Work is one step for as long as torch or onnxsim has it, so a timer draws the first bar, not the next call.
@@ -27,7 +35,7 @@ class Progress:
         self.what = ""
         self.bar: Any = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         if not self.quiet:
             self.timer.start()
         return self
@@ -51,13 +59,13 @@ class Progress:
     def _start(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
+        from rich.progress import Progress as Bars
 
         with self.lock:
             if self.quiet:
                 return
             columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
-            self.bar = Bar(*columns, console=Console(file=self.stream), transient=True,
+            self.bar = Bars(*columns, console=Console(file=self.stream), transient=True,
                            redirect_stdout=False, redirect_stderr=False)  # fmt: skip
             self._draw()
             self.bar.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +22,7 @@ from fxcompile.gradients import unreached
 from fxcompile.labels import describe_layer, function_name, node_name
 from fxcompile.layers import is_finite
 from fxcompile.program import InputSpec, Program, dtype_of, shape_of
+from fxcompile.progress import Progress
 from fxcompile.report import PassReport, Report, SiteReport
 from fxcompile.rewriting import Pass, Replacement, Site, Skip
 from fxcompile.sitedata import SiteData, full_batches, synthetic_batch
@@ -31,9 +32,6 @@ from fxcompile.verification import Broken, Case, Inputs, cases, compare, compare
 
 Verify = Literal["raise", "rollback", "keep", "off"]
 """What a broken contract does: it stops the run, or is undone, or is only written down, or is not looked for."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 SITE_CASES = 3
 """Drawn inputs for each exact site, beside those for the whole network."""

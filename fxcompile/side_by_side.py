@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from fxcompile.distance import Distance
 from fxcompile.labels import describe_node, node_name
 from fxcompile.program import FEATURE, Program, dtype_of, fetch, shape_of
+from fxcompile.progress import Progress
 from fxcompile.rewriting import Site
 from fxcompile.splice import region_inputs, run_region
 from fxcompile.walking import Walk
@@ -192,9 +193,7 @@ class _Lent:
                 self.walk.take(node)
 
 
-def layer_errors(
-    pair: SideBySide, yard: Yardstick, progress: Callable[[str, int, int], None]
-) -> dict[fx.Node, LayerError]:
+def layer_errors(pair: SideBySide, yard: Yardstick, progress: Progress) -> dict[fx.Node, LayerError]:
     """All layers that can be compared, in the order of the data, by their nodes in the original.
 
     One forward pass of either program, and for each layer with an error of its own two times the rest of the network.
@@ -240,9 +239,7 @@ def layer_errors(
     return made
 
 
-def _mended(
-    pair: SideBySide, yard: Yardstick, nodes: Sequence[fx.Node], progress: Callable[[str, int, int], None]
-) -> dict[fx.Node, _Ends]:
+def _mended(pair: SideBySide, yard: Yardstick, nodes: Sequence[fx.Node], progress: Progress) -> dict[fx.Node, _Ends]:
     """The outputs of the compiled program with one of these layers as it was, for each of them."""
     parts = {pair.ours[node]: (node, part) for node in nodes if (part := pair.original_part(node)) is not None}
     ends = {node: _Ends(yard) for node, _ in parts.values()}

@@ -332,7 +332,7 @@ def test_bad_folders_are_refused(case: str) -> None:
 
 
 def test_archives_that_unpack_to_far_more_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxcompile.calibration._BOMB", 10_000)
+    monkeypatch.setattr("fxcompile.arrays._BOMB", 10_000)
     np.savez_compressed("a.npz", image=np.zeros((5000, 3, 8, 6), "f4"))
     with pytest.raises(CalibrationError) as error:
         read_calibration(Path("a.npz"), [IMAGE])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fxcompile import progress
-from fxcompile.progress import Progress
+from fxcompile.progress import ProgressBar
 
 
 class Terminal(io.StringIO):
@@ -41,7 +41,7 @@ def timers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_work_that_lasts_is_shown_with_how_far_it_is(timers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress() as shown:
+    with ProgressBar() as shown:
         shown("reading [model]", 0, 1)
         assert terminal.getvalue() == ""
         timers[0].function()
@@ -58,7 +58,7 @@ def test_work_that_lasts_is_shown_with_how_far_it_is(timers: list[Any], monkeypa
 def test_work_that_ends_before_shows_nothing(timers: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress() as shown:
+    with ProgressBar() as shown:
         shown("reading", 0, 1)
     assert timers[0].cancelled
     timers[0].function()  # it may be on its way already
@@ -69,7 +69,7 @@ def test_work_that_ends_before_shows_nothing(timers: list[Any], monkeypatch: pyt
 def test_nothing_is_drawn_where_nobody_looks(timers: list[Any], monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
     stream = Terminal() if quiet else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    with Progress(quiet) as shown:
+    with ProgressBar(quiet) as shown:
         shown("reading", 0, 1)
     assert timers == []
     assert stream.getvalue() == ""
@@ -80,7 +80,7 @@ def test_the_bar_goes_to_the_terminal_where_stderr_is_replaced_meanwhile(
 ) -> None:
     terminal, other = Terminal(), io.StringIO()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress() as shown:
+    with ProgressBar() as shown:
         shown("exporting", 0, 1)
         monkeypatch.setattr(sys, "stderr", other)
         timers[0].function()
@@ -92,7 +92,7 @@ def test_the_bar_goes_to_the_terminal_where_stderr_is_replaced_meanwhile(
 def test_no_thread_stays_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     before = set(threading.enumerate())
-    with Progress() as shown:
+    with ProgressBar() as shown:
         shown("reading", 0, 1)
     for thread in set(threading.enumerate()) - before:
         thread.join(5)

@@ -18,10 +18,10 @@ import torch
 from everymoment import state
 from torch import nn
 
-from fxcompile import files
+from fxcompile import writing
 from fxcompile.errors import WriteError
-from fxcompile.files import SCRATCH, check_folder, check_writable, publish, scratch_beside, write_atomically
 from fxcompile.onnxfile import OnnxFile, write_onnx
+from fxcompile.writing import SCRATCH, check_folder, check_writable, publish, scratch_beside, write_atomically
 
 # every moment of a real run
 
@@ -235,7 +235,7 @@ def test_a_model_that_cannot_take_its_name_takes_its_data_with_it(
             raise PermissionError(1, "Operation not permitted")
         replace(source, place)
 
-    monkeypatch.setattr(files.os, "replace", refusing)
+    monkeypatch.setattr(writing.os, "replace", refusing)
     with pytest.raises(WriteError, match="Operation not permitted; choose another folder"):
         published(path, {"w": np.arange(1000, 2000, dtype="f4")})
     assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == before
@@ -267,7 +267,7 @@ def test_what_permissions_forbid_is_refused(tmp_path: Path, monkeypatch: pytest.
     """Root may write everywhere, so the system's answer is played."""
     (tmp_path / "old.onnx").write_bytes(b"old")
     forbidden = {tmp_path}
-    monkeypatch.setattr(files.os, "access", lambda path, _: Path(path) not in forbidden)
+    monkeypatch.setattr(writing.os, "access", lambda path, _: Path(path) not in forbidden)
     with pytest.raises(WriteError, match="the folder cannot be written to; choose another or change its mode"):
         check_writable(tmp_path / "old.onnx")
     for name in ("", "new/below/that"):
