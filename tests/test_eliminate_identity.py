@@ -243,6 +243,16 @@ def test_pairs_do_not_overlap() -> None:
     assert len(result.record.passes[0].sites) == 1
 
 
+def test_the_report_names_functions_as_torch_does() -> None:
+    changes = {
+        name: [site.change for site in eliminated(Between(GOES[name][0]), image()).record.passes[0].sites]
+        for name in ("permutations that do not", "reshapes in a row", "rounding twice")
+    }
+    assert changes["permutations that do not"] == ["permute -> permute"]
+    assert changes["reshapes in a row"] == ["flatten -> reshape"]
+    assert changes["rounding twice"] == ["floor -> floor", "round -> round", "sign -> sign"]
+
+
 def test_a_fixed_batch_lets_more_go() -> None:
     """With a batch that is always two, a squeeze of the batch axis is an identity."""
     constant = torch.ones(2, 4, 6, 6, dtype=torch.float64)
