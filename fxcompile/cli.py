@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import gc
-import json
 import os
 import sys
 import warnings
@@ -29,11 +28,10 @@ from fxcompile.cli_options import (
     path_type,
     report_options,
     seed_option,
-    terminal_width,
     with_options,
 )
 from fxcompile.errors import FxcompileError, UsageError, did_you_mean
-from fxcompile.streams import abandon_stdout, fail, open_streams, print_text
+from fxcompile.streams import abandon_stdout, fail, open_streams, print_results, write_results
 
 OUT_OF_MEMORY = "out of memory; give fewer calibration samples or a smaller batch"
 
@@ -123,7 +121,7 @@ _compile_options = with_options(
     click.option("--verify", type=click.Choice(["raise", "rollback", "off"]), default="raise", show_default=True,
                  help="At a broken contract: stop, go on without that site or pass, or do not look."),
     click.option("--verify-examples", type=click.IntRange(1), metavar="N",
-                 help="Inputs drawn for each check  [default: 2 to 20, by cost]"),
+                 help="Inputs drawn for each check of the whole network and of the file  [default: 2 to 20, by cost]"),
     seed_option,
     click.option("--dynamic", metavar="batch|none|NAME=AXES", multiple=True,
                  help="Input dimensions that stay free, as image=0,2,3 once for each input  [default: batch]"),
@@ -188,7 +186,6 @@ def compile_command(
         from fxcompile.manager import PassManager
         from fxcompile.pipeline import parse_pipeline
         from fxcompile.progress import ProgressBar
-        from fxcompile.writing import write_atomically
 
         parsed = parse_pipeline(text, source)
         check_opset(opset)
@@ -212,13 +209,10 @@ def compile_command(
             gc.collect()  # the weights before the passes: writing needs memory for two copies of those after them
             progress("exporting, checking and writing", 0, 1)
             record = result.save_onnx(output, dynamic=free, opset=opset, verify=verify != "off")
-        as_text = json.dumps(record.as_dict(), indent=2, allow_nan=False)
         if report_file is not None:
-            write_atomically(report_file, (as_text + "\n").encode())
-    if as_json:
-        print_text(as_text)
-    elif not quiet:
-        print_text(record.text(terminal_width()))
+            write_results(record, report_file)
+    if as_json or not quiet:
+        print_results(record, as_json)
 
 
 @cli.command("passes", short_help="The passes there are; one pass's options, contract and source.")
@@ -230,7 +224,7 @@ def passes_command(name: str | None, as_json: bool) -> None:
     from fxcompile.registry import find_pass
 
     described = describe_pass(find_pass(name)) if name is not None else describe_all()
-    print_text(json.dumps(described.as_dict(), indent=2) if as_json else described.text(terminal_width()))
+    print_results(described, as_json)
 
 
 @cli.command("show", short_help="A model's layers, shapes, parameters, multiply-accumulates, bytes.")
@@ -247,7 +241,7 @@ def show_command(
 
         with ProgressBar() as progress:
             described = describe_program(load(model, factory, input_shapes, allow_pickle, progress))
-    print_text(json.dumps(described.as_dict(), indent=2) if as_json else described.text(terminal_width()))
+    print_results(described, as_json)
 
 
 cli.add_command(bisect_command)

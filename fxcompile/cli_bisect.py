@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +17,9 @@ from fxcompile.cli_options import (
     path_type,
     report_options,
     seed_option,
-    terminal_width,
     with_options,
 )
-from fxcompile.streams import print_text
+from fxcompile.streams import print_results, write_results
 
 if TYPE_CHECKING:
     from fxcompile.calibration import Calibration
@@ -84,7 +82,6 @@ def bisect_command(
         from fxcompile.loading import load
         from fxcompile.pipeline import parse_pipeline
         from fxcompile.progress import ProgressBar
-        from fxcompile.writing import write_atomically
 
         parsed = parse_pipeline(text, source)
         with ProgressBar(quiet) as progress:
@@ -109,10 +106,7 @@ def bisect_command(
                 model=model.name,
                 progress=progress,
             )
-        as_text = json.dumps(diagnosis.as_dict(), indent=2, allow_nan=False)
         if report_file is not None:
-            write_atomically(report_file, (as_text + "\n").encode())
-    if as_json:
-        print_text(as_text)
-    elif not quiet:
-        print_text(diagnosis.text(terminal_width()))
+            write_results(diagnosis, report_file)
+    if as_json or not quiet:
+        print_results(diagnosis, as_json)

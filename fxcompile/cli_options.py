@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,8 +53,3 @@ report_options = with_options(
     ),
     click.option("--quiet", is_flag=True, help="Print no report, unless as JSON, and no progress."),
 )
-
-
-def terminal_width() -> int:
-    """Columns of the terminal that results are printed to, 120 where they go elsewhere."""
-    return max(shutil.get_terminal_size((120, 0)).columns, 60) if sys.stdout.isatty() else 120

@@ -24,7 +24,7 @@ from fxcompile.onnxfile import OnnxFile, write_onnx
 from fxcompile.program import InputSpec, Program
 from fxcompile.report import FileReport
 from fxcompile.simplifying import OPAQUE_BYTES, SIMPLIFICATIONS, put_metadata, simplify
-from fxcompile.verification import FEWEST, Broken, Case, Inputs, cases, compare_noisy, most_samples, search
+from fxcompile.verification import Broken, Case, Inputs, cases, compare_noisy, most_samples, search
 from fxcompile.writing import check_writable, publish, scratch_beside
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _write(
         scratch = folder / path.name
         with watch.stage("write"):
             write_onnx(file, scratch)
-        examples = max(FEWEST, min(result.examples, 8)) if verify else 0
+        examples = result.examples if verify else 0
         try:
             with watch.stage("check"):
                 check_model(file, scratch)

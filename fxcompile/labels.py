@@ -26,7 +26,7 @@ def function_name(node: fx.Node) -> str:
 
 def describe_layer(layer: nn.Module) -> str:
     """A layer in a few characters: `Conv2d 32->64 5x5 /2`."""
-    kind = layer._get_name()
+    kind = str(layer._get_name())
     weight = getattr(layer, "weight", None)
     kernel = getattr(layer, "kernel_size", None)
     if isinstance(weight, Tensor) and isinstance(kernel, tuple):

@@ -25,6 +25,9 @@ from fxcompile.verification import FEWEST, Inputs
 BUDGET = 30_000_000_000
 """By default the whole network is verified on as many inputs as cost this many multiply-accumulates, 2 to 20."""
 
+OF_FILE = 8
+"""By default the file is held against the program, which was verified before, on no more inputs than that."""
+
 OVERHEAD = 1_000_000
 """Multiply-accumulates that take as long as the call of one operation does, however little it computes."""
 
@@ -37,6 +40,7 @@ class Result:
         program: the rewritten program.
         record: what happened; `report()` prints it.
         pipeline: the text of the passes with every option, so that a version with other defaults can run it again.
+        examples: how many inputs to hold the file against the program on.
     """
 
     program: Program
@@ -78,7 +82,8 @@ class PassManager:
             of batches. Approximate passes fit to three quarters of it and measure on the rest.
         verify: what a broken contract does: "raise" a `ContractError`, "rollback" of the site or pass, "keep" it and
             say so in the record, or "off": it is not looked for.
-        verify_examples: inputs drawn for each check of the whole network; by default by what a run of it costs.
+        verify_examples: inputs drawn for each check of the whole network and of the file; by default by what a run of
+            it costs.
         seed: of everything random.
         dump_dir: a folder for the graph after each pass, as readable text.
         progress: called as work goes on.
@@ -164,14 +169,15 @@ class PassManager:
     def result(self, run: Run) -> Result:
         """What a run has come to."""
         pipeline = format_pipeline(self.passes, complete=True)
-        return Result(run.program, run.record, pipeline, run.inputs, self._examples(run.original), self.seed, run.watch)
+        examples = self._examples(run.original, OF_FILE)
+        return Result(run.program, run.record, pipeline, run.inputs, examples, self.seed, run.watch)
 
-    def _examples(self, program: Program) -> int:
-        """How many inputs to draw for a check of the whole network."""
-        return self.verify_examples if self.verify_examples is not None else default_examples(program)
+    def _examples(self, program: Program, most: int = 20) -> int:
+        """How many inputs to draw for a check: those that the user wants, else no more than `most`."""
+        return self.verify_examples if self.verify_examples is not None else default_examples(program, most)
 
 
-def default_examples(program: Program) -> int:
+def default_examples(program: Program, most: int) -> int:
     """How many inputs to draw for a check of the whole network: fewer where each costs more."""
     cost = program_cost(program).macs + OVERHEAD * len(program.graph.nodes)
-    return max(FEWEST, min(20, BUDGET // cost))
+    return max(FEWEST, min(most, BUDGET // cost))

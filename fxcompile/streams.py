@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
+import shutil
 import sys
 from contextlib import suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
 import click
 
 from fxcompile.errors import WriteError
+from fxcompile.writing import write_atomically
 
 
 def open_streams() -> None:
@@ -41,6 +45,44 @@ def print_text(text: str) -> None:
     except OSError as error:
         abandon_stdout()
         raise WriteError(f"it cannot be written: {error.strerror}", place="stdout", mend="free space") from None
+
+
+class Printable(Protocol):
+    """Results for people and for machines."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+
+    def text(self, width: int) -> str:
+        """Tables and sentences, at most so many characters wide."""
+
+
+def print_results(results: Printable, as_json: bool) -> None:
+    """Print results, as JSON or as wide as the terminal.
+
+    Raises:
+        WriteError: stdout goes to a disk that is full, or refuses.
+    """
+    print_text(as_text(results) if as_json else results.text(terminal_width()))
+
+
+def write_results(results: Printable, path: Path) -> None:
+    """Write results as JSON to a file.
+
+    Raises:
+        WriteError: the disk is full, or refuses; the old content is still there.
+    """
+    write_atomically(path, (as_text(results) + "\n").encode())
+
+
+def as_text(results: Printable) -> str:
+    """Results as JSON."""
+    return json.dumps(results.as_dict(), indent=2, allow_nan=False)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that results are printed to, 120 where they go elsewhere."""
+    return max(shutil.get_terminal_size((120, 0)).columns, 60) if sys.stdout.isatty() else 120
 
 
 def abandon_stdout() -> None:

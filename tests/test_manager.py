@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -340,3 +341,14 @@ def test_a_glob_that_matches_no_layer_is_noted() -> None:
     record = PassManager("stack-kernels(skip=[nothere], only=[0])").run(trace(model, torch.randn(2, 3, 9, 9))).report()
     (note,) = [note for note in record.notes if "skip" in note]
     assert note.startswith("stack-kernels: skip=nothere matches no layer")
+
+
+def test_as_many_inputs_are_drawn_as_the_user_wants_for_the_network_and_the_file(
+    program: Program, tmp_path: Path
+) -> None:
+    for wanted, of_passes, of_file in ((None, 20, 8), (1, 1, 1), (25, 25, 25)):
+        result = PassManager([FoldBatchNorm()], verify_examples=wanted).run(program)
+        assert result.record.passes[0].examples == of_passes
+        report = result.save_onnx(tmp_path / "m.onnx")
+        assert report.file is not None
+        assert report.file.examples == of_file
