@@ -125,10 +125,7 @@ def module_of(exported: ExportedProgram) -> fx.GraphModule:
             )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            return exported.module(check_guards=False)
-        except TypeError:  # torch before 2.9
-            return exported.module()
+        return exported.module(check_guards=False)
 
 
 def exported_graph(exported: ExportedProgram, signature: Signature, model: nn.Module | None = None) -> fx.GraphModule:

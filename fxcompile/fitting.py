@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fxcompile.errors import FitError, UsageError
-from fxcompile.labels import dtype_name
 from fxcompile.layer_stats import LayerStats, check_finite, grouped, mean_output
-from fxcompile.layers import shallow_copy
+from fxcompile.layers import with_weights
 from fxcompile.patches import matrix_weight, output_channels, weight_matrix
 
 __all__ = ["LayerStats", "collect", "reduced_rank", "refit", "refitted", "row_count", "solve", "with_parameters"]
@@ -192,14 +191,4 @@ def with_parameters(layer: Layer, matrix: Tensor, bias: Tensor | None) -> Layer:
     Raises:
         FitError: a number is too large for that dtype.
     """
-    old = layer.weight
-    assert isinstance(old, Tensor)
-    copied = cast(Layer, shallow_copy(layer))
-    for name, values in (("weight", matrix_weight(layer, matrix)), ("bias", bias)):
-        if values is None:
-            copied.register_parameter(name, None)
-            continue
-        rounded = values.detach().to(old.device, old.dtype, copy=True).contiguous()
-        check_finite(rounded, f"fitted numbers ({name}, as {dtype_name(old.dtype)})")
-        copied.register_parameter(name, nn.Parameter(rounded, requires_grad=old.requires_grad))
-    return copied
+    return cast(Layer, with_weights(layer, matrix_weight(layer, matrix), bias))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fxcompile.errors import TraceError
+from fxcompile.errors import FitError, TraceError
+from fxcompile.labels import dtype_name
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -123,6 +124,33 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     ):
         copied.__dict__[registry] = copy.copy(module.__dict__[registry])
     copied.__dict__["_modules"] = {name: child and shallow_copy(child) for name, child in module._modules.items()}
+    return copied
+
+
+def with_weights(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A copy of a layer with another weight and bias, rounded once to its dtype, that trains as far as the layer did.
+
+    Args:
+        layer: a convolution, transposed or not, or a linear layer.
+        weight: as the layer stores it.
+        bias: [O], or None for none.
+
+    Raises:
+        FitError: a number is NaN, or too large for that dtype.
+    """
+    copied, old = shallow_copy(layer), layer.weight
+    bias_trains = old.requires_grad if layer.bias is None else layer.bias.requires_grad
+    for name, values, trains in (("weight", weight, old.requires_grad), ("bias", bias, bias_trains)):
+        if values is None:
+            copied.register_parameter(name, None)
+            continue
+        rounded = values.detach().to(old.device, old.dtype, copy=True).contiguous()
+        if not is_finite(rounded):
+            dtype = dtype_name(old.dtype)
+            raise FitError(
+                f"its new {name} has numbers that {dtype} cannot hold", mend="leave it, or use a wider dtype"
+            )
+        copied.register_parameter(name, nn.Parameter(rounded, requires_grad=trains))
     return copied
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Exact
-from fxcompile.errors import FitError
 from fxcompile.labels import node_name
-from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, is_finite, shallow_copy
+from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, is_finite, with_weights
 from fxcompile.program import Program, shape_of
 from fxcompile.rewriting import Pass, Site, Skip
 
@@ -232,22 +231,6 @@ class _Search:
                 others = ", ".join(f"'{name}'" for name in sorted(self.tied[id(tensor)] - {str(node.target)}))
                 return f"'{node.target}' shares its weight with {others}"
         return None
-
-
-def with_weights(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A copy of the layer with other weights, rounded once to its dtype, that trains as far as the layer did.
-
-    Raises:
-        FitError: a number is too large for that dtype.
-    """
-    made = shallow_copy(layer)
-    trains = layer.weight.requires_grad if layer.bias is None else layer.bias.requires_grad
-    for name, values, train in (("weight", weight, layer.weight.requires_grad), ("bias", bias, trains)):
-        rounded = None if values is None else values.to(layer.weight.dtype)
-        if rounded is not None and not is_finite(rounded):
-            raise FitError(f"the folded {name} would overflow {str(rounded.dtype).removeprefix('torch.')}")
-        made.register_parameter(name, None if rounded is None else nn.Parameter(rounded, train))
-    return made
 
 
 def channel_axis(layer: Any, node: fx.Node) -> int:
