@@ -224,6 +224,7 @@ def _fork(run: Callable[[], int]) -> int:
     child = os.fork()
     if child:
         return child
+    gc.freeze()  # a session of ONNX Runtime collected here would wait for threads that only the parent has
     code = KILLED
     try:
         for number in (signal.SIGPROF, signal.SIGALRM):
