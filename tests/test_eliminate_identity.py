@@ -71,6 +71,11 @@ GOES: dict[str, tuple[Case, list[str]]] = {
     "one split": (lambda m, x: torch.split(x, 5, 1)[0], []),
     "padding by nothing": (lambda m, x: F.pad(x, (0, 0, 0, 0)), []),
     "max pool of one pixel": (lambda m, x: F.max_pool2d(x, 1), []),
+    "max pool of one pixel of a line": (lambda m, x: F.max_pool1d(x.flatten(2), 1), ["flatten"]),
+    "average pool of one pixel of a line": (lambda m, x: F.avg_pool1d(x.flatten(2), 1), ["flatten"]),
+    "max pool of one pixel of a volume": (lambda m, x: F.max_pool3d(x.unsqueeze(2), 1), ["unsqueeze"]),
+    "average pool of one pixel of a volume": (lambda m, x: F.avg_pool3d(x.unsqueeze(2), 1), ["unsqueeze"]),
+    "a reshape and a flatten that undoes it": (lambda m, x: x.mean(3).reshape(-1, 5, 2, 3).flatten(2), ["mean"]),
     "average pool of one pixel": (lambda m, x: F.avg_pool2d(x, (1, 1), 1), []),
     "adaptive pool of a pooled map": (
         lambda m, x: F.adaptive_max_pool2d(F.adaptive_avg_pool2d(x, 2), (2, 2)), ["AdaptiveAvgPool2d"]),
@@ -127,6 +132,7 @@ STAYS: dict[str, tuple[Case, list[str]]] = {
     "a squeeze of all axes": (lambda m, x: x.squeeze(), ["squeeze"]),
     "all samples but those of a larger batch": (lambda m, x: x[:2], ["getitem"]),
     "all pixels but those of a larger map": (lambda m, x: x[..., :6], ["getitem"]),
+    "the first of the parts of a larger map": (lambda m, x: torch.split(x, 6, 3)[0], ["split", "getitem"]),
     "an adaptive pool to the size it just has": (lambda m, x: F.adaptive_avg_pool2d(x, (6, 6)), ["AdaptiveAvgPool2d"]),
     "an interpolation to the size it just has": (lambda m, x: F.interpolate(x, size=(6, 6)), ["interpolate"]),
     "an interpolation that rounds to its size": (

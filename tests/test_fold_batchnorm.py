@@ -262,8 +262,9 @@ def test_it_folds(case: str) -> None:
     assert [site.outcome for site in result.record.passes[0].sites].count("left") == 0
 
 
-def tie(model: Any) -> nn.Module:
-    model.d.weight = model.c.weight
+def tie(model: Any, *others: str) -> nn.Module:
+    for name in others or ("d",):
+        getattr(model, name).weight = model.c.weight
     return model
 
 
@@ -319,6 +320,9 @@ LEAVES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "the weight is tied": (
         lambda: tie(Net(lambda m, x: m.bn(m.c(x)) + m.d(x), c=nn.Conv2d(4, 4, 3), d=nn.Conv2d(4, 4, 3), bn=BN(4))), (),
         "'c' shares its weight with 'd'"),
+    "the weight is tied to two others": (
+        lambda: tie(Net(lambda m, x: m.bn(m.c(x)) + m.d(x) + m.e(x), c=nn.Conv2d(4, 4, 3), d=nn.Conv2d(4, 4, 3),
+                        e=nn.Conv2d(4, 4, 3), bn=BN(4)), "d", "e"), (), "'c' shares its weight with 'd', 'e'"),
     "it keeps no statistics": (without_statistics, (), "normalises by the batch"),
     "linear works on another axis": (
         lambda: Sequential(nn.Linear(7, 5), nn.BatchNorm1d(4)), (2, 4, 7), "gives its channels on axis 2"),

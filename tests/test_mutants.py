@@ -104,17 +104,26 @@ def test_the_key_of_a_test_changes_with_it_and_with_what_is_no_test(tmp_path: Pa
 def test_survivors_without_a_reason_and_a_low_share_are_faults() -> None:
     killed = [results.Finding(mutant(f"x = {n}"), "killed", "t.py::quick") for n in range(18)]
     survivors = [results.Finding(mutant(after=(line,)), "survived") for line in ("x = 3", "x = 4")]
-    one = [results.Reason("passes/a.py", "x = 1", "it is never read", "x = 3")]
+    one = [results.Reason("passes/a.py", "it is never read", "x = 1", "x = 3")]
     text, faults = results.report([*killed, *survivors], one)
     assert text.splitlines()[:5] == ["passes/a.py:3 f", "  - x = 1", "  + x = 3", "  it is never read", ""]
     assert "  NOT EXPLAINED" in text
     assert text.splitlines()[-1].split() == ["all", "20", "18", "2", "90.0%"]
     assert faults == ["1 survivors are not explained in tools/mutants.toml"]
-    every = [results.Reason("passes/a.py", "x = 1", "it is never read")]
+    every = [results.Reason("passes/a.py", "it is never read", "x = 1")]
     assert results.report([*killed, *survivors], every)[1] == []
     assert results.report([*killed[1:], *survivors], every)[1] == [
         "89.5% of the mutants are killed, and 90% are wanted"
     ]
+
+
+def test_a_pattern_explains_what_differs_only_in_what_it_matches() -> None:
+    reason = results.Reason("passes/*", "the lengths are the same", pattern=r",\s*(strict=\w+)?(?=\))")
+    line = ("f(zip(a, b, strict=True))",)
+    for other in ("f(zip(a, b, strict=None))", "f(zip(a, b, ))", "f(zip(a, b))"):
+        assert reason.explains(mutant(before=line, after=(other,)))
+    assert not reason.explains(mutant(before=line, after=("f(zip(a, None, strict=True))",)))
+    assert not reason.explains(mutant(path="other/a.py", before=line, after=("f(zip(a, b))",)))
 
 
 def test_a_mutant_is_killed_by_a_test_that_fails_on_it_and_only_then() -> None:

@@ -296,10 +296,25 @@ def test_the_option_kernel_picks_by_the_largest_side() -> None:
     program = trace(model, randn(2, 8, 24, 24))
     found = [item.name for item in StackKernels(kernel=7).sites(program) if isinstance(item, Site)]
     assert found == ["1", "2"]
-    with pytest.raises(ValidationError, match="odd sizes"):
-        StackKernels(kernel=6)
+    assert StackKernels(kernel=9).kernel == 9
+    for even in (6, 8):
+        with pytest.raises(ValidationError, match="odd sizes"):
+            StackKernels(kernel=even)
     with pytest.raises(PipelineError, match=r"'kernel' of pass 'stack-kernels' cannot be 6 \(3x3 kernels compose"):
         parse_pipeline("stack-kernels(kernel=6)")
+
+
+def test_a_site_that_saves_just_as_much_as_it_must_is_one() -> None:
+    program = trace(conv(8, 8, 5, 5).eval(), randn(2, 8, 12, 12))
+    (site,) = StackKernels(rank=6, min_saving=None).sites(program)
+    saving = 1 - StackKernels(rank=6).macs_share(site)
+    (kept,), (left,) = (StackKernels(rank=6, min_saving=saving + more).sites(program) for more in (0.0, 1e-6))
+    assert isinstance(kept, Site)
+    assert not isinstance(left, Site)
+
+
+def test_every_option_says_what_it_is() -> None:
+    assert all(field.description for field in StackKernels.model_fields.values())
 
 
 def test_only_and_skip_and_the_largest_error_hold() -> None:

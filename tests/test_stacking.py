@@ -485,6 +485,15 @@ def test_scale_does_not_matter(scale: float) -> None:
     )
 
 
+def test_by_default_there_is_one_group_and_no_rounding() -> None:
+    stages = [randn(3, 3, 3, 3), randn(3, 3, 3, 3)]
+    assert amplification(stages) == amplification(stages, 1)
+    assert torch.equal(compose(stages), compose(stages, 1))
+    assert widths_for((9, 9, 5, 5), (12, 12), (8, 8), 5) == [5]
+    assert exact_width((5, 5, 5, 5)) == exact_width((5, 5, 5, 5), 1)
+    assert stack_macs((5, 5, 5, 5), [3], (12, 12), (8, 8)) == 9 * 3 * 5 * (10 * 10 + 8 * 8)
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="1 widths that are multiples of 2"):
         stack(randn(4, 2, 5, 5), [3], groups=2)

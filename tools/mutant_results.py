@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mutant_tests import Baseline, digest
@@ -50,17 +52,29 @@ class Finding:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why mutants survive rightly: those of these lines, or of them only the one that reads so."""
+    """Why mutants survive rightly.
+
+    Attributes:
+        file: a glob of paths.
+        reason: the sentence that is printed.
+        line: the changed lines, all of whose mutants are meant.
+        mutant: if given, only the mutant of these lines that reads so.
+        pattern: instead of a line: all mutants are meant that differ only in what this regular expression matches.
+    """
 
     file: str
-    line: str
     reason: str
+    line: str = ""
     mutant: str = ""
+    pattern: str = ""
 
     def explains(self, mutant: Mutant) -> bool:
-        if self.file != mutant.path or self.line != " ".join(mutant.before):
+        before, after = " ".join(mutant.before), " ".join(mutant.after)
+        if not fnmatch(mutant.path, self.file):
             return False
-        return self.mutant in ("", " ".join(mutant.after))
+        if self.pattern:
+            return re.sub(self.pattern, "", before) == re.sub(self.pattern, "", after)
+        return self.line == before and self.mutant in ("", after)
 
 
 @dataclass
