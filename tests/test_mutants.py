@@ -149,19 +149,21 @@ class Holder:
     number: int = 1
 
     @property
-    def twice(self) -> float | None:
+    def twice(self, times: int = 2) -> float | None:
         """A text."""
         return len(
             [self.number]
-        ) * 2
+        ) * times
 ''')
     found = mutants_of(tmp_path, tmp_path / "a.py")
     changes = {(item.line, *item.after): item for item in found}
-    assert {line for line, *_ in changes} == {2, 3, 8, 15}
+    assert {line for line, *_ in changes} == {2, 3, 8, 11, 15}
     assert changes[3, '"a": lambda x: x >= 1,'].in_function is False
     assert changes[8, "number: int = 2"].scope == "Holder"
-    assert changes[15, ") / 2"].span == (13, 15)
-    assert changes[15, ") / 2"].in_function is True
-    assert changes[15, ") / 2"].scope == "Holder.twice"
-    assert changes[15, ") / 2"].code == (tmp_path / "a.py").read_text().replace(") * 2", ") / 2")
+    assert changes[15, ") / times"].span == (13, 15)
+    assert changes[15, ") / times"].in_function is True
+    assert changes[15, ") / times"].scope == "Holder.twice"
+    assert changes[15, ") / times"].code == (tmp_path / "a.py").read_text().replace(") * times", ") / times")
+    default = changes[11, "def twice(self, times: int = 3) -> float | None:"]
+    assert (default.span, default.in_function) == ((11, 15), True)
     assert len({item.code for item in found}) == len(found)

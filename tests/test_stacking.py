@@ -357,6 +357,24 @@ def test_a_half_step_is_the_dense_least_squares_solution(shape: tuple[int, ...])
     torch.testing.assert_close(stages[1][0].flatten(1), dense_solution(weight, first), rtol=1e-8, atol=1e-8)
 
 
+def test_the_leading_vectors_of_a_large_matrix_are_found_from_a_sketch() -> None:
+    """Matrices of known singular values and vectors, too large to be decomposed whole."""
+    left, right = (torch.linalg.qr(randn(2, 1100, 20, seed=seed))[0] for seed in (1, 2))
+    values = 0.5 ** torch.arange(20, dtype=torch.float64)
+    found = fitting._leading(left * values @ right.mT, 4, torch.Generator().manual_seed(0))
+    assert found.shape == (2, 4, 1100)
+    wanted = (right[:, :, :4] * values[:4]).mT
+    assert torch.allclose(found * (found * wanted).sum(2, keepdim=True).sign(), wanted, rtol=0, atol=1e-12)
+
+
+def test_a_matrix_that_rounding_made_indefinite_is_solved_with_more_on_its_diagonal() -> None:
+    normal = torch.diag_embed(torch.tensor([[1.0, 2.0, -1e-9], [3.0, 1.0, 0.5]], dtype=torch.float64))
+    x = fitting._positive_solve(normal.clone(), torch.ones(2, 3, 1, dtype=torch.float64), torch.zeros(2).double())
+    assert torch.allclose(x[0, :2, 0], torch.tensor([1.0, 0.5]).double(), rtol=1e-6)
+    assert torch.allclose(x[1, :, 0], torch.tensor([1 / 3, 1.0, 2.0]).double(), rtol=1e-6)
+    assert 1e6 < float(x[0, 2, 0]) < math.inf
+
+
 @pytest.mark.parametrize("ridge", [0.0, 1e-2])
 def test_no_solve_raises_the_objective(ridge: float) -> None:
     weight = randn(3, 4, 2, 7, 7)

@@ -27,7 +27,8 @@ class Mutant:
         scope: the function or class that holds the change, dotted; "" at the top of the module.
         in_function: whether it is run by calls only, and not as the module is imported.
         line: where the change starts, from 1.
-        span: first and last line of the statement that holds it, without the body of a compound one.
+        span: first and last line of the statement that holds it, without the body of a compound one; of a default of
+            a function, all its lines.
         before, after: the changed lines, without indentation.
     """
 

@@ -95,6 +95,8 @@ class _Visitor(cst.CSTVisitor):
         position = self.get_metadata(PositionProvider, statement)
         body = getattr(statement, "body", None)
         end = position.end.line
+        if isinstance(statement, cst.FunctionDef):
+            return position.start.line, end  # of a default, whatever runs the function
         if isinstance(statement, cst.BaseCompoundStatement) and isinstance(body, cst.IndentedBlock) and body.body:
             end = max(position.start.line, self.get_metadata(PositionProvider, body.body[0]).start.line - 1)
         return position.start.line, end
