@@ -98,7 +98,7 @@ def main() -> None:
 
     import onnxruntime  # noqa: F401
 
-    from fxcompile import cli, emission, files, onnxfile, simplifying
+    from fxcompile import cli, emission, onnxfile, simplifying, writing
 
     limit = os.environ.get("FXCOMPILE_TEST_LIMIT")
     if limit is not None:
@@ -117,7 +117,7 @@ def main() -> None:
             child = os.fork()
             if child == 0:
                 moments = Moments(folder, interrupt, moment)
-                onnxfile.open = files.open = moments.open  # type: ignore[attr-defined]
+                onnxfile.open = writing.open = moments.open  # type: ignore[attr-defined]
                 continue
             _, status = os.waitpid(child, 0)
             code = os.waitstatus_to_exitcode(status)
