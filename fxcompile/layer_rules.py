@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from fxcompile import spellings
-from fxcompile.layers import TRANSPOSED, build_layer, plain_layer
+from fxcompile.building import build_layer
+from fxcompile.layers import TRANSPOSED, plain_layer
 from fxcompile.lowering import MODULE_RULES, Canonicaliser, NoSpelling, rule
 from fxcompile.program import shape_of
 from fxcompile.raw_nodes import Call, operation_name

@@ -23,10 +23,11 @@ from fxcompile.labels import describe_layer, function_name, node_name
 from fxcompile.layers import is_finite
 from fxcompile.program import InputSpec, Program, dtype_of, shape_of
 from fxcompile.progress import Progress
+from fxcompile.regions import region_inputs, run_region, run_replacement
 from fxcompile.report import PassReport, Report, SiteReport
 from fxcompile.rewriting import Pass, Replacement, Site, Skip
 from fxcompile.sitedata import SiteData, full_batches, synthetic_batch
-from fxcompile.splice import Splicer, finish, fragment_of, region_inputs, run_region, run_replacement
+from fxcompile.splice import Splicer, finish, fragment_of
 from fxcompile.timing import Stopwatch
 from fxcompile.verification import Broken, Case, Inputs, cases, compare, compare_noisy, draw, most_samples, search
 

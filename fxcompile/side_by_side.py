@@ -23,8 +23,8 @@ from fxcompile.distance import Distance
 from fxcompile.labels import describe_node, node_name
 from fxcompile.program import FEATURE, Program, dtype_of, fetch, shape_of
 from fxcompile.progress import Progress
+from fxcompile.regions import region_inputs, run_region
 from fxcompile.rewriting import Site
-from fxcompile.splice import region_inputs, run_region
 from fxcompile.walking import Walk
 from fxcompile.yardstick import Yardstick
 

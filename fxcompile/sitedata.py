@@ -16,8 +16,8 @@ from fxcompile.errors import CalibrationError
 from fxcompile.fitting import LayerStats, collect, refitted, row_count
 from fxcompile.layers import CONVOLUTIONS, holds_weights
 from fxcompile.program import FEATURE, Program
+from fxcompile.regions import region_inputs, run_region, run_replacement
 from fxcompile.rewriting import Pairs, Replacement, Site
-from fxcompile.splice import region_inputs, run_region, run_replacement
 from fxcompile.verification import random_like
 from fxcompile.walking import MEMORY, Walk, live_bytes
 

@@ -12,10 +12,10 @@ from torch import fx
 from fxcompile.errors import FxcompileError
 from fxcompile.layers import holds_weights
 from fxcompile.program import FEATURE, Program
+from fxcompile.regions import region_inputs
 from fxcompile.report import PassReport, Report
 from fxcompile.rewriting import Pass, Site
 from fxcompile.running import Fitted, Run
-from fxcompile.splice import region_inputs
 from fxcompile.timing import Stopwatch
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxcompile.canonical import canonicalise
 from fxcompile.errors import RewriteError, one_line
@@ -24,6 +23,7 @@ from fxcompile.program import (
     record_shape,
     shape_of,
 )
+from fxcompile.regions import region_inputs
 from fxcompile.rewriting import Replacement, Site
 from fxcompile.spellings import STATELESS
 from fxcompile.trees import drop_dead_code, is_free, outside_of_layers, place
@@ -243,43 +243,6 @@ class Splicer:
         for node in reversed(region):
             graph.erase_node(node)
         return made
-
-
-def region_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes outside a region whose values it takes, in the order in which they appear."""
-    inside = set(nodes)
-    found: dict[fx.Node, None] = {}
-    for node in nodes:
-        for item in node.all_input_nodes:
-            if item not in inside:
-                found[item] = None
-    return list(found)
-
-
-def run_region(site: Site, inputs: Sequence[Tensor]) -> Tensor:
-    """What a site computes on given inputs, with `site.layers` for its layers."""
-    env: dict[fx.Node, Any] = dict(zip(region_inputs(site.nodes), inputs, strict=True))
-    layers = iter(site.layers)
-    value: Any = None
-    for node in site.nodes:
-        args = fx.node.map_arg(node.args, env.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
-        function: Any = next(layers) if node.op == "call_module" else node.target
-        value = env[node] = function(*args, **kwargs)
-    assert isinstance(value, Tensor)
-    return value
-
-
-def run_replacement(replacement: Replacement, inputs: Sequence[Tensor]) -> Tensor:
-    """What a replacement computes on the same inputs."""
-    if isinstance(replacement, nn.Module):
-        value = replacement(*inputs)
-        assert isinstance(value, Tensor)
-        return value
-    current = inputs[0]
-    for module in replacement:
-        current = module(current)
-    return current
 
 
 def check_same_output(site: Site, old: fx.Node, fragment: Fragment) -> None:

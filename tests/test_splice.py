@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 from fxcompile.errors import RewriteError
 from fxcompile.program import FEATURE, ORIGIN, Program, dtype_of, output_node, propagate_shapes, shape_of
+from fxcompile.regions import region_inputs, run_region, run_replacement
 from fxcompile.rewriting import Replacement, Site
-from fxcompile.splice import Splicer, finish, fragment_of, region_inputs, run_region, run_replacement
+from fxcompile.splice import Splicer, finish, fragment_of
 from fxcompile.tracing import trace
 
 
