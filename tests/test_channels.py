@@ -35,6 +35,9 @@ CASES: dict[str, Case] = {
         lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), MAPS, [0, 1, None, None]),
     "average by another number": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), MAPS, NEVER),
     "adaptive average": (lambda x: F.adaptive_avg_pool2d(x, 2), MAPS, [0, 1, None, None]),
+    "adaptive average of a line": (lambda x: F.adaptive_avg_pool1d(x, 2), LONG, [0, 1, None]),
+    "padding of a volume that repeats": (
+        lambda x: F.pad(x, (1, 1, 1, 1, 1, 1), mode="replicate"), SOLID, [0, 1, None, None, None]),
     "maximum": (lambda x: F.max_pool2d(x, 2), MAPS, NEVER),
     "ReLU": (F.relu, MAPS, NEVER),
     "flatten of the last axes": (lambda x: x.flatten(1), MAPS, [0, 1, None, None]),

@@ -26,6 +26,13 @@ def test_every_package_is_installed_with_its_types() -> None:
         assert Path(str(importlib.import_module(name).__file__)).parent.name == folder.name
 
 
+def test_every_name_that_a_module_of_passes_offers_is_there() -> None:
+    for name in ("fxcompile.passes", "fxcompile.passes._stacking"):
+        module = importlib.import_module(name)
+        assert module.__all__ == sorted(module.__all__)
+        assert all(hasattr(module, offered) for offered in module.__all__)
+
+
 def test_every_pass_in_the_folder_is_an_entry_point() -> None:
     entries = PROJECT["project"]["entry-points"]["fxcompile.passes"]
     found = {}

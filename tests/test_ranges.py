@@ -43,6 +43,7 @@ RANGES: dict[str, tuple[Function, tuple[float, float] | None, tuple[float, float
     "exponential": (torch.exp, (0, math.inf), None),
     "square root": (lambda x: torch.sqrt(x), (0, math.inf), None),
     "square": (lambda x: x**2, (0, math.inf), None),
+    "zeroth power": (lambda x: x**0, (0, math.inf), None),
     "cube": (lambda x: x**3, None, None),
     "inverse square": (lambda x: x**-2, None, None),
     "root by a power": (lambda x: x**0.5, None, None),
