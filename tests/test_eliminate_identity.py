@@ -252,11 +252,17 @@ def test_pairs_do_not_overlap() -> None:
 def test_the_report_names_functions_as_torch_does() -> None:
     changes = {
         name: [site.change for site in eliminated(Between(GOES[name][0]), image()).record.passes[0].sites]
-        for name in ("permutations that do not", "reshapes in a row", "rounding twice")
+        for name in ("permutations that cancel", "permutations that do not", "reshapes in a row", "rounding twice")
     }
+    assert changes["permutations that cancel"] == ["permute -> nothing"]
     assert changes["permutations that do not"] == ["permute -> permute"]
     assert changes["reshapes in a row"] == ["flatten -> reshape"]
     assert changes["rounding twice"] == ["floor -> floor", "round -> round", "sign -> sign"]
+
+
+def test_a_reshape_to_sizes_that_the_network_computes_stays_behind_a_flatten() -> None:
+    result = eliminated(Between(lambda m, x: x.flatten(1, 2).reshape(x.shape[0], 5, -1, 6)), image())
+    assert [name for name in operations(result.program) if name in ("flatten", "reshape")] == ["flatten", "reshape"]
 
 
 def test_a_fixed_batch_lets_more_go() -> None:
