@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from fxcompile.cost import program_cost
 from fxcompile.errors import EmitError, UsageError, did_you_mean, one_line
 from fxcompile.exporting import export
+from fxcompile.labels import dtype_name
 from fxcompile.layers import is_finite
 from fxcompile.onnxfile import OnnxFile, write_onnx
 from fxcompile.program import InputSpec, Program
@@ -110,7 +111,7 @@ def _write(
             with watch.stage("runtime"):
                 error = verify_file(scratch, program, result.inputs, examples, result.seed) if verify else 0.0
         except EmitError as refused:
-            raise with_dtype_mend(refused, program) from refused
+            raise with_mend(refused, program) from refused
         with watch.stage("write"):
             size = publish(scratch, path)
     graph = file.proto.graph
@@ -120,15 +121,15 @@ def _write(
     )
 
 
-def with_dtype_mend(error: EmitError, program: Program) -> EmitError:
-    """The same error, with a mend if it has none and the network is in floats that ONNX Runtime hardly knows."""
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in program.module.parameters()}
-    rare = sorted(dtypes & {"float64", "bfloat16"})
-    if error.mend is not None or not rare:
+def with_mend(error: EmitError, program: Program) -> EmitError:
+    """The same error, with a mend if it has none: another dtype where ONNX Runtime hardly knows the network's."""
+    if error.mend is not None:
         return error
-    return EmitError(
-        error.problem, place=error.place, mend=f"it knows few operators in {rare[0]}: convert the model with .float()"
-    )
+    rare = sorted({dtype_name(tensor.dtype) for tensor in program.module.parameters()} & {"float64", "bfloat16"})
+    mend = "report it with the model, or try another --opset"
+    if rare:
+        mend = f"it knows few operators in {rare[0]}: convert the model with .float()"
+    return EmitError(error.problem, place=error.place, mend=mend)
 
 
 def version() -> str:

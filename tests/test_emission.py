@@ -245,3 +245,13 @@ def test_a_batch_that_inputs_share_is_free_in_all_of_them_or_in_none(tmp_path: P
     with pytest.raises(UsageError, match=r"image, mask share their batch.*; give --dynamic image=0,2 --dynamic mask=0"):
         compiled().save_onnx(tmp_path / "model.onnx", dynamic={"image": (0, 2)})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_onnx_runtime_refuses_is_refused_with_a_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, lean: bool = False) -> None:
+        raise EmitError("ONNX Runtime does not load the emitted file: no such kernel")
+
+    monkeypatch.setattr(emission, "open_session", refuse)
+    with pytest.raises(EmitError, match="no such kernel; report it with the model, or try another --opset"):
+        compiled().save_onnx(tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
