@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from typing import Any
 
@@ -86,6 +88,36 @@ def with_four_axes(tensor: Tensor) -> Tensor:
     return tensor.reshape(*tensor.shape[:-2], *(1,) * (4 - tensor.dim()), *tensor.shape[-2:])
 
 
+class _Divided(nn.Module):
+    """An average pool with a divisor of its own, which the exporter would leave out."""
+
+    def __init__(self, pool: Any) -> None:
+        super().__init__()
+        self.pool = copy.copy(pool)
+        size = (pool.kernel_size,) * _POOLS[type(pool)] if isinstance(pool.kernel_size, int) else pool.kernel_size
+        self.factor = math.prod(size) / pool.divisor_override
+        self.pool.divisor_override, self.pool.count_include_pad = None, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, *positions] -> [N, C, *positions]"""
+        scaled: Tensor = self.pool(x) * self.factor
+        return scaled
+
+
+_POOLS = {nn.AvgPool2d: 2, nn.AvgPool3d: 3}
+
+
+def divide_in_sight(module: fx.GraphModule) -> None:
+    """Multiply after average pools that divide by another number than that of their pixels.
+
+    One with `ceil_mode` stays: its last window may hang over the padding, and that is averaged over fewer pixels.
+    """
+    for node in module.graph.nodes:
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, (nn.AvgPool2d, nn.AvgPool3d)) and layer.divisor_override and not layer.ceil_mode:
+            module.set_submodule(str(node.target), _Divided(layer))
+
+
 def export(program: Program, opset: int | None) -> Any:
     """The program as an `onnx_ir` model, each node naming the program's node that it comes from.
 
@@ -94,6 +126,7 @@ def export(program: Program, opset: int | None) -> Any:
     """
     module = program.snapshot().module
     give_attention_four_axes(module)
+    divide_in_sight(module)
     for node in module.graph.nodes:
         node.meta["custom"] = {_NAME: node.name}
     examples, dims = [], []

@@ -98,3 +98,16 @@ def test_a_convolution_without_bias_has_none_in_the_file(layer: nn.Module, tmp_p
     graph = onnx.load(tmp_path / "m.onnx").graph
     assert [len(node.input) for node in graph.node if "Conv" in node.op_type] == [2]
     assert len(graph.initializer) == 1
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d((3, 2), padding=1, divisor_override=2),
+        nn.AvgPool2d(2, 1, divisor_override=9),
+        nn.AvgPool3d((1, 2, 2), padding=(0, 1, 1), count_include_pad=False, divisor_override=5),
+    ],
+    ids=str,
+)
+def test_a_pool_with_a_divisor_of_its_own_keeps_it(pool: nn.Module, tmp_path: Path) -> None:
+    assert_emitted(pool, drawn(2, 3, *[6] * (3 if isinstance(pool, nn.AvgPool3d) else 2)), tmp_path / "pool.onnx")
