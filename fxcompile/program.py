@@ -118,6 +118,12 @@ class Program:
                 names.setdefault(id(tensor), set()).add(str(node.target))
         return names
 
+    def tied_to(self, node: fx.Node, tied: Mapping[int, set[str]]) -> list[str]:
+        """The other layers that hold a parameter of a node's layer, by name, from what `tied` gives."""
+        layer = self.layer(node)
+        names = {name for item in (layer.parameters() if layer is not None else ()) for name in tied.get(id(item), ())}
+        return sorted(names - {str(node.target)})
+
     def snapshot(self) -> Program:
         """A copy that later rewrites of this program do not touch. The graph is copied, tensors are shared."""
         return replace(self, module=copy_graph_module(self.module))

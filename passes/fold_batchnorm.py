@@ -226,11 +226,8 @@ class _Search:
             return f"'{node.target}' is called {len(self.calls[id(layer)])} times"
         if len(node.args) != 1 or node.kwargs:
             return f"'{node.target}' is called with an output size"
-        for tensor in layer.parameters():
-            if len(self.tied[id(tensor)]) > 1:
-                others = ", ".join(f"'{name}'" for name in sorted(self.tied[id(tensor)] - {str(node.target)}))
-                return f"'{node.target}' shares its weight with {others}"
-        return None
+        others = ", ".join(f"'{name}'" for name in self.program.tied_to(node, self.tied))
+        return f"'{node.target}' shares its weight with {others}" if others else None
 
 
 def channel_axis(layer: Any, node: fx.Node) -> int:

@@ -83,14 +83,21 @@ class StackKernels(Pass):
 
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Convolutions with a side of 5 or more, all sides odd."""
+        tied = program.tied()
         for node, conv in program.layers(*CONVOLUTIONS):
             largest = max(conv.kernel_size)
             if largest < 5 or (self.kernel is not None and largest != self.kernel):
                 continue
             even = [size for size in conv.kernel_size if size % 2 == 0]
+            others = ", ".join(f"'{name}'" for name in program.tied_to(node, tied))
             site = Site.of(program, node)
-            reason = f"3x3 kernels compose to odd sizes, and {even[0]} is even" if even else self.too_costly(site)
-            yield Skip.of(node, reason) if reason else site
+            if even:
+                yield Skip.of(node, f"3x3 kernels compose to odd sizes, and {even[0]} is even")
+            elif others:
+                yield Skip.of(node, f"it shares its weight with {others}, which would keep it")
+            else:
+                reason = self.too_costly(site)
+                yield Skip.of(node, reason) if reason else site
 
     def too_costly(self, site: Site) -> str | None:
         """Why a stack is not worth its cost, or None; known before anything is fitted."""
