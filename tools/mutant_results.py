@@ -97,10 +97,16 @@ class Suite:
                 self.lines[path][int(line)].update(tests)
 
     def of(self, mutant: Mutant) -> list[str]:
-        """The tests that run the changed statement, cheapest first; what is run on import, all that run the file."""
+        """The tests that run the changed statement, cheapest first.
+
+        For what is run on import, all that run the file, and those that run no line of any but look at what is there.
+        """
         lines = self.lines[mutant.path]
         here = set().union(*(lines[line] for line in range(mutant.span[0], mutant.span[1] + 1) if line in lines))
-        tests = here if mutant.in_function else here.union(*lines.values())
+        if mutant.in_function:
+            return sorted(here, key=lambda test: (self.seconds[test], test))
+        running = {test for files in self.lines.values() for found in files.values() for test in found}
+        tests = here.union(*lines.values()) | (self.seconds.keys() - running)
         return sorted(tests, key=lambda test: (test not in here, self.seconds[test], test))
 
 
