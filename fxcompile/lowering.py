@@ -15,9 +15,7 @@ from fxcompile import layers
 from fxcompile.functional import VALUE, is_plain
 from fxcompile.program import ORIGIN, fetch, shape_of
 from fxcompile.raw_nodes import (
-    PLACE as PLACE,
-)
-from fxcompile.raw_nodes import (
+    PLACE,
     Call,
     ancestors,
     innermost_class,

@@ -117,7 +117,7 @@ class Sample:
 def check_pass(
     pass_: Pass,
     *,
-    examples: int = 100,
+    examples: int | None = None,
     seed: int | None = None,
     onnx_examples: int = 2,
     networks: st.SearchStrategy[Network] | None = None,
@@ -136,7 +136,7 @@ def check_pass(
 
     Args:
         pass_: the pass, with options.
-        examples: how many networks to draw.
+        examples: how many networks to draw; by default `max_examples` of the Hypothesis profile, 100 if none is loaded.
         seed: of the draw; None leaves it to Hypothesis, its profile and `--hypothesis-seed`.
         onnx_examples: how many networks with sites to export, which takes about a second each.
         networks: what to draw from instead of the kit's own networks; nothing is planted in these.
@@ -157,6 +157,7 @@ def check_pass(
         at = tape.below(3 * len(limits) + 1) if limits else 0
         return ((pass_,), False) if not 1 <= at <= len(limits) else ((limits[at - 1],), True)
 
+    examples = hypothesis.settings().max_examples if examples is None else examples
     check = Check(passes, [pass_], exact)
     recipes = [] if networks is not None else [*sites, *learn([pass_])]
     summary = check.run(networks, recipes, examples, seed, database)
@@ -172,7 +173,7 @@ def check_pass(
 def check_pipeline(
     passes: Sequence[Pass],
     *,
-    examples: int = 100,
+    examples: int | None = None,
     seed: int | None = None,
     networks: st.SearchStrategy[Network] | None = None,
     sites: Sequence[Recipe] = (),
@@ -187,6 +188,7 @@ def check_pipeline(
         count = 1 + tape.below(len(passes) + 1)
         return tuple(passes[tape.below(len(passes))] for _ in range(count)), False
 
+    examples = hypothesis.settings().max_examples if examples is None else examples
     recipes = [] if networks is not None else [*sites, *learn(passes)]
     return Check(order, passes).run(networks, recipes, examples, seed, database)
 

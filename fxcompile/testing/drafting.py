@@ -106,11 +106,13 @@ class Draft:
     Attributes:
         picker: where choices come from.
         strict: take a forced choice always, not only most of the time.
+        plain: what is not forced is the simplest, most of the time.
         options: for each step, what each of its choices was made from.
     """
 
     picker: Picker
     strict: bool = False
+    plain: bool = False
     inputs: list[tuple[str, Shape]] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     layers: list[tuple[str, str]] = field(default_factory=list)
@@ -141,6 +143,8 @@ class Draft:
         chosen = options[at % count]
         if name in self._forced and (at >= count or self.strict) and self._forced[name] in options:
             chosen = options[options.index(self._forced[name])]
+        elif self.plain and at >= count:
+            chosen = options[0]
         self._choices[name] = chosen
         self._offered[name] = tuple(options)
         return chosen

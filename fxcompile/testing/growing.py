@@ -42,6 +42,25 @@ class RandomPicker:
 FREE = [block.kind for turn in range(20) for block in BLOCKS.values() if block.weight > turn]
 """Every kind once, and then those of more weight again: an index means the same kind whatever is planted."""
 
+USUAL = {
+    "convolution": ("batch norm", "activation", "activation", "convolution", "prelu"),
+    "transposed convolution": ("batch norm", "activation", "convolution"),
+    "linear": ("activation", "linear"),
+    "batch norm": ("activation", "activation", "convolution"),
+    "instance norm": ("activation", "convolution"),
+    "group norm": ("activation", "convolution"),
+    "activation": ("convolution", "convolution", "pool", "linear", "batch norm"),
+    "prelu": ("convolution",),
+    "pool": ("convolution", "activation"),
+    "pad": ("convolution", "pool"),
+    "concat": ("convolution", "batch norm"),
+    "add": ("activation", "convolution"),
+    "flatten": ("linear", "activation"),
+    "global pool": ("flatten", "linear", "convolution"),
+    "channel shuffle": ("convolution",),
+}
+"""What follows a step in networks as people write them, where a step is not drawn from all kinds."""
+
 COMPANIONS = ("again", "tied", "add", "concat", "activation", "identity")
 """What turns a site into a near miss: another use of its layers or of its inner values, or something between."""
 
@@ -50,6 +69,9 @@ COMPANY = 90
 
 ANYTHING = 110
 """Out of `CHOICES`: how often a step is any, while nothing is under way; otherwise a recipe starts."""
+
+HABIT = 2
+"""One step out of so many is of any kind, not of one that usually follows."""
 
 EMPTY = 5
 """Two of so many steps are left out."""
@@ -64,12 +86,17 @@ ANY = -2
 """In the sources of a recipe's step: a value from outside of the recipe, whichever."""
 
 
-def grow(picker: Picker, recipes: Sequence[Recipe] = (), most: int = MOST_STEPS) -> Network:
-    """A network from choices: at each step, a kind of block or the start of a recipe."""
+def grow(picker: Picker, recipes: Sequence[Recipe] = (), most: int = MOST_STEPS, habit: int = HABIT) -> Network:
+    """A network from choices: at each step, a kind of block or the start of a recipe.
+
+    Args:
+        most: steps at most.
+        habit: one step out of so many follows whatever came before, the others what usually follows.
+    """
     draft = Draft(picker)
     picker.turn(0)
     begin(draft, Step("inputs"))
-    planted = Planted(recipes)
+    planted = Planted(recipes, habit)
     for number in range(1, most + 1):
         picker.turn(number)
         if picker.below(EMPTY) >= 2 or planted.pending:
@@ -128,15 +155,18 @@ def write(d: Draft, step: Step, sources: Sequence[tuple[int, int]] = ()) -> bool
 class Planted:
     """What is planted in a network: the recipe that is under way, and what of it is done.
 
-    Half of the time it is copied with its choices, of which some then differ; half of the time loosely, its steps with
-    whatever choices, so that what matters to a site and what does not both vary.
+    Half of the time it is copied with its choices, of which some then differ; else loosely, its steps with whatever
+    choices, so that what matters to a site and what does not both vary; or plainly, most choices being the simplest,
+    as what misses a site by one option becomes one.
     """
 
-    def __init__(self, recipes: Sequence[Recipe]) -> None:
+    def __init__(self, recipes: Sequence[Recipe], habit: int = HABIT) -> None:
         self.recipes = recipes
+        self.habit = habit
         self.pending: list[tuple[int, Step]] = []
         self.made: dict[int, int] = {}
-        self.fresh = self.loose = False
+        self.fresh = False
+        self.manner = "copied"
 
     def step(self, d: Draft) -> None:
         """One more step: of the recipe that is under way, or any."""
@@ -153,18 +183,25 @@ class Planted:
             self.pending = list(
                 enumerate(self.recipes[(at - ANYTHING) * len(self.recipes) // (CHOICES - ANYTHING)].steps)
             )
-            self.made, self.loose = {}, bool(d.picker.below(2))
+            self.made, self.manner = {}, ("copied", "copied", "loose", "plain")[d.picker.below(4)]
             self.follow(d)
             return
-        write(d, Step(FREE[at % len(FREE)]))
+        usual = USUAL.get(d.steps[-1].kind, ()) if d.picker.below(self.habit) else ()
+        if usual:
+            write(d, Step(usual[at % len(usual)]), [(len(d.steps) - 1, 0)])
+        else:
+            write(d, Step(FREE[at % len(FREE)]))
 
     def follow(self, d: Draft) -> None:
         """The next step of the recipe."""
         index, step = self.pending.pop(0)
         self.fresh = not self.pending
-        choices = () if self.loose else tuple(choice for choice in step.choices if choice[0] not in SIZES)
+        copied = self.manner == "copied"
+        choices = tuple(choice for choice in step.choices if choice[0] not in SIZES) if copied else ()
+        d.plain = self.manner == "plain"
         if write(d, Step(step.kind, choices), [(self.made.get(number, ANY), which) for number, which in step.sources]):
             self.made[index] = len(d.steps) - 1
+        d.plain = False
 
 
 def finish(d: Draft, step: Step) -> Network:

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from fxcompile.errors import FxcompileError
-from fxcompile.lowering import PLACE
 from fxcompile.program import Program
+from fxcompile.raw_nodes import PLACE
 from fxcompile.rewriting import Pass, Site
 from fxcompile.testing.growing import ANY, RandomPicker, Recipe, grow
 from fxcompile.testing.network import FILENAME, Network, Step
@@ -26,10 +26,18 @@ from fxcompile.tracing import trace
 PLAIN = 80
 """Plain networks to look at; more, up to `MOST`, while nothing was found."""
 
-MOST = 400
+MOST = 120
 
-PLANTED = 40
-"""Networks with what was found in plain ones to look at."""
+PLANTED = 30
+"""Networks with what was found in plain ones to look at; more, up to `MOST_PLANTED`, while that was no site."""
+
+MOST_PLANTED = 120
+
+LONG = 24
+"""Steps of a plain network: what is around a site is all that is kept of it."""
+
+LEARNING = 6
+"""Their habit: mostly chains as people write them."""
 
 EACH = 4
 """Recipes to keep for each pattern of a site, and for each reason to skip."""
@@ -53,7 +61,9 @@ def learn(passes: Sequence[Pass]) -> list[Recipe]:
         if index >= PLAIN and (sites or skips):
             break
         note(plain(index))
-    for index in range(PLANTED):
+    for index in range(MOST_PLANTED if skips else PLANTED):
+        if index >= PLANTED and sites:
+            break
         note(planted(index, sites, skips))
     return mixed(sites, skips)
 
@@ -71,14 +81,14 @@ def mixed(sites: Mapping[str, Sequence[Recipe]], skips: Mapping[str, Sequence[Re
 @lru_cache(MOST)
 def plain(index: int) -> tuple[Network, Program] | None:
     """The plain network of a number, traced; None where it cannot be."""
-    return traced(grow(RandomPicker(index)))
+    return traced(grow(RandomPicker(index), (), LONG, LEARNING))
 
 
 def planted(
     index: int, sites: Mapping[str, Sequence[Recipe]], skips: Mapping[str, Sequence[Recipe]]
 ) -> tuple[Network, Program] | None:
     """A network in which is planted what was found so far, traced."""
-    return traced(grow(RandomPicker(MOST + index), mixed(sites, skips)))
+    return traced(grow(RandomPicker(MOST + index), mixed(sites, skips), LONG, LEARNING))
 
 
 def traced(network: Network) -> tuple[Network, Program] | None:
@@ -92,7 +102,7 @@ def traced(network: Network) -> tuple[Network, Program] | None:
 def examine(passes: Iterable[Pass], network: Network, program: Program) -> Iterator[tuple[bool, str, Recipe]]:
     """Each site of a network, alone and with what is around it, and each skip: whether a site, its group, its recipe.
 
-    Sites are grouped by the kinds of their steps, skips by their reasons.
+    Sites are grouped by the kinds of their steps and layers, skips by their reasons.
     """
     where = dict(network.names)
     nodes = {node.name: node for node in program.graph.nodes}
@@ -110,10 +120,15 @@ def examine(passes: Iterable[Pass], network: Network, program: Program) -> Itera
             if not core:
                 continue
             kinds = " > ".join(network.steps[step].kind for step in sorted(core))
-            key = kinds if isinstance(item, Site) else reason_of(item.reason)
+            key = pattern_of(kinds, item) if isinstance(item, Site) else reason_of(item.reason)
             if is_site:
                 yield is_site, key, recipe(network, core)
             yield is_site, key, recipe(network, core | around(network, core))
+
+
+def pattern_of(kinds: str, site: Site) -> str:
+    """The steps of a site and the kinds of its layers: a pass may be wrong for one activation alone."""
+    return f"{kinds}: {' '.join(type(layer).__name__ for layer in site.layers)}"
 
 
 def reason_of(reason: str) -> str:

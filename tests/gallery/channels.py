@@ -12,6 +12,7 @@ from fxcompile.contracts import Exact
 from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS
 from fxcompile.program import Program
 from fxcompile.rewriting import Pass, Site
+from fxcompile.testing import Recipe, Step
 
 from .common import ELEMENTWISE, alone, plain_convolution, rows, with_weights
 
@@ -24,12 +25,12 @@ class RollChannels(Pass):
 
     def sites(self, program: Program) -> Iterator[Site]:
         for nodes in rows(program, CONVOLUTIONS, ELEMENTWISE, CONVOLUTIONS):
-            last: Any = program.layer(nodes[2])
-            if all(alone(program, node) for node in nodes) and self.takes(last):
+            first, _, last = map(program.layer, nodes)
+            if all(alone(program, node) for node in nodes) and self.takes(first, last):
                 yield Site.of(program, *nodes)
 
-    def takes(self, last: Any) -> bool:
-        return last.groups == 1
+    def takes(self, first: Any, last: Any) -> bool:
+        return first.groups == 1 and last.groups == 1
 
     def rewrite(self, site: Site) -> list[nn.Module]:
         first, activation, last = site.layers
@@ -81,8 +82,8 @@ class SlopesStay(RollChannels):
 class AcrossGroups(RollChannels):
     """The consumer's inputs are moved within its groups, the producer's outputs across them."""
 
-    def takes(self, last: Any) -> bool:
-        return True
+    def takes(self, first: Any, last: Any) -> bool:
+        return first.groups == 1
 
     def inputs(self, weight: Tensor, order: Tensor) -> Tensor:
         return weight[:, order] if weight.shape[1] == len(order) else weight.roll(1, 1)
@@ -165,6 +166,15 @@ class FoldConstants(Pass):
 
     name: ClassVar = "gallery-fold-constants"
     contract: ClassVar = Exact()
+
+    planted: ClassVar = (
+        Recipe(
+            (
+                Step("batch norm", (("spelling", "layer"), ("affine", True), ("statistics", "zero gamma"))),
+                Step("convolution", (("padding", "none"),), ((0, 0),)),
+            )
+        ),
+    )
 
     def sites(self, program: Program) -> Iterator[Site]:
         for norm, conv in rows(program, BATCH_NORMS, CONVOLUTIONS):

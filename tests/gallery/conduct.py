@@ -14,6 +14,7 @@ from fxcompile.contracts import Approximate, Contract, Exact
 from fxcompile.layers import CONVOLUTIONS
 from fxcompile.program import Program, shape_of
 from fxcompile.rewriting import Pass, Site
+from fxcompile.testing import Recipe, Step
 
 from .common import alone, plain_convolution, untied, with_weights
 
@@ -131,6 +132,16 @@ class DropDeadTaps(Pass):
 
     name: ClassVar = "gallery-drop-dead-taps"
     contract: ClassVar = Exact()
+
+    planted: ClassVar = (
+        Recipe(
+            (
+                Step("adaptive pool", (("size", "1"),)),
+                Step("convolution", (("spelling", "layer"), ("kernel", 3), ("padding", "half")), ((0, 0),)),
+                Step("again", (), ((1, -1),)),
+            )
+        ),
+    )
 
     def sites(self, program: Program) -> Iterator[Site]:
         for node, conv in program.layers(nn.Conv2d):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -170,9 +171,32 @@ class CopiesATiedWeight(FoldNorm):
         return len(program.calls()[id(program.layer(conv))]) == 1
 
 
+class AcrossABranch(FoldNorm):
+    """The convolution's output goes elsewhere, too, and gets there folded."""
+
+    def sites(self, program: Program) -> Iterator[Site]:
+        for norm, layer in program.layers(*BATCH_NORMS):
+            source = norm.all_input_nodes[0]
+            conv: Any = program.layer(source)
+            if layer.running_mean is None or not isinstance(conv, (*CONVOLUTIONS, *TRANSPOSED)):
+                continue
+            if alone(program, norm) and alone(program, source):
+                self.norms[id(conv)] = layer
+                yield Site.of(program, source)
+                yield Site.of(program, norm)
+
+    norms: ClassVar[dict[int, nn.Module]] = {}
+
+    def rewrite(self, site: Site) -> list[nn.Module]:
+        if isinstance(site.layer, BATCH_NORMS):
+            return []
+        both = replace(site, layers=(site.layer, self.norms[id(site.layer)]))
+        return super().rewrite(both)
+
+
 RIGHT = [FoldNorm]
 WRONG = [
     ForgetsEps, EpsOutsideTheRoot, VarianceForDeviation, ClampsTheVariance, ForgetsGamma, PositiveGamma, MeanNotScaled,
     AssumesAffine, BiasNotScaled, NoBiasWhereThereWasNone, ScalesTheFirstAxis, ForgetsGroupsOfTransposed,
-    RoundsOnTheWay, CopiesATiedWeight,
+    RoundsOnTheWay, CopiesATiedWeight, AcrossABranch,
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompile.contracts import Exact
+from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS
 from fxcompile.program import Program, dtype_of, shape_of
 from fxcompile.rewriting import Pass, Site
 
@@ -152,6 +153,28 @@ class AnyClipAfter(OneActivationLess):
     after: ClassVar = (nn.ReLU, nn.ReLU6)
 
 
+class InPlace(Pass):
+    """conv or norm -> ReLU  =>  the same in place, where nobody else reads what is overwritten"""
+
+    name: ClassVar = "gallery-in-place"
+    contract: ClassVar = Exact()
+
+    def sites(self, program: Program) -> Iterator[Site]:
+        for nodes in rows(program, (*CONVOLUTIONS, *BATCH_NORMS), (nn.ReLU,)):
+            yield Site.of(program, nodes[-1])
+
+    def rewrite(self, site: Site) -> list[nn.Module]:
+        return [nn.ReLU(inplace=True)]
+
+
+class OverwritesABranch(InPlace):
+    """An in-place operation ahead of those that still read its input."""
+
+    def sites(self, program: Program) -> Iterator[Site]:
+        for node, _ in program.layers(nn.ReLU):
+            yield Site.of(program, node)
+
+
 class HeadAsConv(Pass):
     """flatten -> linear  =>  convolution over the whole map -> flatten"""
 
@@ -191,8 +214,8 @@ class ColumnsFirst(HeadAsConv):
         return weight.reshape(-1, channels, width, height).transpose(2, 3)
 
 
-RIGHT = [PoolFirst, AverageAsConv, OneActivationLess, HeadAsConv]
+RIGHT = [InPlace, PoolFirst, AverageAsConv, OneActivationLess, HeadAsConv]
 WRONG = [
     AveragesFirst, ThroughTheDip, ForgetsCeilMode, ForgetsPoolDilation, CountsThePadding, AveragesWithoutCeil,
-    DividesByTheWrongSide, AnyActivationBefore, AnyClipAfter, ChannelsLast, ColumnsFirst,
+    DividesByTheWrongSide, AnyActivationBefore, AnyClipAfter, OverwritesABranch, ChannelsLast, ColumnsFirst,
 ]  # fmt: skip

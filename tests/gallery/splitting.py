@@ -71,6 +71,15 @@ class SplitAxes(Pass):
         return {"stride": (stride, 1), "dilation": (dilation, 1), "padding": (padding, 0)}
 
 
+class ForgetsGroups(SplitAxes):
+    """A dense convolution, in which every output sees all groups by its own group's weights."""
+
+    def rewrite(self, site: Site) -> list[nn.Module]:
+        conv = site.layer
+        weight = conv.weight.detach().repeat(1, conv.groups, 1, 1)
+        return [like(conv, weight, conv.bias, stride=conv.stride, dilation=conv.dilation, padding=conv.padding)]
+
+
 class StrideOnTheFirst(SplitAxes):
     """Rows are dropped before the vertical taps have seen them."""
 
@@ -173,6 +182,6 @@ class LosesASingleTap(SplitAxes):
 
 RIGHT = [SplitAxes]
 WRONG = [
-    StrideOnTheFirst, PaddingOnTheLast, ForgetsDilation, DilationOfTheOtherAxis, ForgetsTheOrderOfGroups,
+    ForgetsGroups, StrideOnTheFirst, PaddingOnTheLast, ForgetsDilation, DilationOfTheOtherAxis, ForgetsTheOrderOfGroups,
     TransposesTheKernel, FlipsTheKernel, BiasInTheMiddle, DropsTheBias, SymmetricSame, LosesASingleTap,
 ]  # fmt: skip
