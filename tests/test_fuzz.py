@@ -1,0 +1,55 @@
+"""tools/fuzz tries passes until it is done, keeps what broke, tells where, and leaves right ones alone."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from explicit_padding import ExplicitPadding, OneSide
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+import fuzz
+
+
+def run(passes: list[fuzz.Pass], keep: Path, rounds: int = 1, pipelines: bool = False) -> tuple[bool, str]:
+    console = Console(file=io.StringIO(), width=200)
+    found = fuzz.targets(passes, pipelines, keep)
+    held = fuzz.fuzz(found, lambda target: target.networks >= rounds * fuzz.ROUND, 1, keep, console)
+    return held, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def _short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "ROUND", 40)
+
+
+def test_a_right_pass_is_held_for_as_many_rounds_as_wanted(tmp_path: Path) -> None:
+    held, printed = run([ExplicitPadding()], tmp_path, rounds=2)
+    assert held
+    assert "held         80 networks" in printed
+    assert "explicit-padding" in printed
+    assert not list(tmp_path.glob("*.py"))
+
+
+def test_a_wrong_pass_is_told_with_the_file_that_shows_it(tmp_path: Path) -> None:
+    held, printed = run([OneSide(), ExplicitPadding()], tmp_path)
+    assert not held
+    assert "one-side breaks 'same_function' (seed " in printed
+    assert "BROKEN" in printed
+    assert "held         40 networks" in printed
+    shown = subprocess.run([sys.executable, tmp_path / "one-side.py"], capture_output=True, text=True)
+    assert shown.returncode == 1
+    assert "allowed is 1e-12" in shown.stdout
+    again, printed = run([OneSide()], tmp_path)
+    assert not again
+    assert "      0 networks" in printed
+
+
+def test_a_pass_of_no_such_name_is_refused() -> None:
+    with pytest.raises(SystemExit, match="did you mean 'fold-batchnorm'"):
+        fuzz.main(["--passes", "fold-batchnrm"])
