@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from explicit_padding import ExplicitPadding, OneSide
 from rich.console import Console
+
+from fxcompile.program import Program
+from fxcompile.rewriting import Site, Skip
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
@@ -48,6 +53,29 @@ def test_a_wrong_pass_is_told_with_the_file_that_shows_it(tmp_path: Path) -> Non
     again, printed = run([OneSide()], tmp_path)
     assert not again
     assert "      0 networks" in printed
+
+
+class NeverThere(ExplicitPadding):
+    name: ClassVar[str] = "never-there"
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        """None."""
+        return iter(())
+
+
+def test_a_pass_without_sites_is_told_apart_from_a_broken_one(tmp_path: Path) -> None:
+    held, printed = run([NeverThere()], tmp_path)
+    assert held
+    assert "none of 40 networks had a site of never-there" in printed
+    assert "rare          0 networks" in printed
+
+
+def test_statistics_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "DRAWS", 20)
+    fuzz.main(["--statistics"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("20 networks: 100.0% valid")
+    assert "convolution" in printed
 
 
 def test_a_pass_of_no_such_name_is_refused() -> None:

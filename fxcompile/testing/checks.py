@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,7 @@ class Summary:
         sites: how many sites were rewritten in all.
         reasons: how often sites were left for each reason, names and numbers aside.
         exported: how many were exported to ONNX and run there.
+        seconds: of processor time that drawing and checking took, without learning what to plant and exporting.
     """
 
     networks: int = 0
@@ -90,6 +92,7 @@ class Summary:
     sites: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     exported: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,9 @@ class Check:
             drawn = st.builds(self._sample, networks, tapes(1))
         else:
             drawn = tapes(MOST_STEPS + 3).map(lambda tape: self._sample(grow(tape, recipes), tape))
+        before = time.process_time()
         broken = search(self._look, drawn, examples, seed, self._database(database), shrink=networks is not None)
+        self.summary.seconds = time.process_time() - before
         if broken is not None:
             sample, evidence = broken if networks is not None else self._shrunk(*broken)
             raise self._failure(sample, evidence)
