@@ -222,7 +222,8 @@ def relative_maximum(ours: Tensor, theirs: Tensor) -> float:
     """`max|ours - theirs| / max|theirs|`; infinite where one is finite and the other is not."""
     if not theirs.numel():
         return 0.0 if ours.shape == theirs.shape else float("inf")
-    a, b = ours.double(), theirs.double()
+    wide = torch.complex128 if ours.is_complex() or theirs.is_complex() else torch.float64
+    a, b = ours.to(wide), theirs.to(wide)
     difference, scale = float((a - b).abs().max()), float(b.abs().max())
     if not math.isfinite(difference) or not math.isfinite(scale):
         finite = theirs.isfinite()

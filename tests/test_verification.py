@@ -109,6 +109,11 @@ def test_non_finite_values_must_be_at_the_same_places() -> None:
     assert relative_maximum(torch.ones(2), torch.zeros(2)) == float("inf")
 
 
+def test_complex_numbers_differ_by_both_of_their_parts() -> None:
+    ours, theirs = torch.tensor([3 + 4j, 1.0]), torch.tensor([3 + 3j, 4 + 3j])
+    assert relative_maximum(ours, theirs) == pytest.approx(18**0.5 / 5)
+
+
 def test_double_run_equals_the_module_in_double() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
