@@ -13,6 +13,7 @@ from fxcompile.calibration import as_calibration
 from fxcompile.cost import program_cost
 from fxcompile.dumping import Dumps
 from fxcompile.errors import UsageError
+from fxcompile.given import Given
 from fxcompile.pipeline import format_pipeline, parse_pipeline
 from fxcompile.program import FEATURE, Program
 from fxcompile.progress import Progress, silent
@@ -41,6 +42,7 @@ class Result:
         record: what happened; `report()` prints it.
         pipeline: the text of the passes with every option, so that a version with other defaults can run it again.
         examples: how many inputs to hold the file against the program on.
+        given: what the program gave for the inputs that it was verified on.
     """
 
     program: Program
@@ -50,6 +52,7 @@ class Result:
     examples: int = 0
     seed: int = 0
     watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
+    given: Given | None = field(default=None, repr=False)
     _module: list[fx.GraphModule] = field(default_factory=list, repr=False)
 
     @property
@@ -170,7 +173,7 @@ class PassManager:
         """What a run has come to."""
         pipeline = format_pipeline(self.passes, complete=True)
         examples = self._examples(run.original, OF_FILE)
-        return Result(run.program, run.record, pipeline, run.inputs, examples, self.seed, run.watch)
+        return Result(run.program, run.record, pipeline, run.inputs, examples, self.seed, run.watch, run.given)
 
     def _examples(self, program: Program, most: int = 20) -> int:
         """How many inputs to draw for a check: those that the user wants, else no more than `most`."""

@@ -18,6 +18,7 @@ from fxcompile.cost import nodes_cost, program_cost, samples
 from fxcompile.distance import Distance
 from fxcompile.errors import ContractError, FitError, RewriteError, did_you_mean
 from fxcompile.footprint import enough_pixels
+from fxcompile.given import Given
 from fxcompile.gradients import unreached
 from fxcompile.labels import describe_layer, function_name, node_name
 from fxcompile.layers import is_finite
@@ -57,6 +58,7 @@ class Run:
     progress: Progress
     watch: Stopwatch
     references: dict[Case, tuple[Tensor, ...]] = field(default_factory=dict)
+    given: Given | None = None
     made: dict[str, Fitted] = field(default_factory=dict)
     known: Mapping[str, Fitted] = field(default_factory=dict)
 
@@ -76,6 +78,8 @@ class Run:
                 snapshot = self.program.snapshot()
             report.sites = self._rewrite(pass_)
             kept = [site.name for site in report.sites if site.outcome == "kept"]
+            if kept:
+                self.given = None
             broken = self._verify(pass_, snapshot, report) if kept else None
             found = self.verify == "keep" and any(site.reason for site in report.sites if site.outcome == "kept")
             if broken is not None and not found:
@@ -278,6 +282,7 @@ class Run:
             if not all(map(is_finite, reference)):
                 return  # the network itself overflows on this input
             ours = self.program.outputs(*tensors)
+            seen.add(case, ours)
             if exact:
                 compare_noisy(ours, reference, before, tensors)
                 return
@@ -291,6 +296,7 @@ class Run:
                 if lost:
                     raise Broken(f"no gradient reaches parameter '{lost[0]}'")
 
+        self.given = seen = Given(self.program)
         broken = search(check, strategy, self.examples, self.seed)
         if not exact or broken is not None:
             self.references.clear()
@@ -328,7 +334,7 @@ class Run:
             self._rewrite(pass_, middle)
             again = self._verify(pass_, snapshot, report)
             low, high, found = (low, middle, again) if again is not None else (middle, high, found)
-        self.program = snapshot.snapshot()
+        self.program, self.given = snapshot.snapshot(), None
         error = self._contract_error(pass_, kept[high - 1], *found)
         if isinstance(error, ContractError):
             raise error

@@ -103,7 +103,8 @@ def gradients(trial: Trial) -> None:
         lost = [name for name, gradient in after.items() if gradient is None and before.get(name, 0) is not None]
         if lost:
             raise Broken(f"in {mode} mode no gradient reaches parameter '{lost[0]}'")
-        if _flows(before) and after and not _flows(after):
+        # In train mode a batch norm that was folded kept values where an activation is not flat.
+        if mode == "eval" and _flows(before) and after and not _flows(after):
             raise Broken(f"in {mode} mode all gradients are zero, and those of the model are not")
         if all(gradient is None or gradient.isfinite().all() for gradient in before.values()):
             wrong = [name for name, gradient in after.items() if gradient is not None and not gradient.isfinite().all()]
