@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -34,29 +33,15 @@ def checked(program: Program, reference: Reference, observed: Any = None) -> Pro
     Raises:
         Refused: it does not compute what the model computes.
     """
-    agrees = _agree(observed, reference.output) and _agrees_in_a_larger_batch(program, reference)
-    note = None if agrees else _obstacle(program, reference)
+    note = None if _agrees_at_once(program, reference, observed) else _obstacle(program, reference)
     batched = set(reference.batch_inputs())
     axes = [0 if note is None and index in batched else None for index in range(len(program.inputs))]
     specs = tuple(replace(spec, batch_axis=axis) for spec, axis in zip(program.inputs, axes, strict=True))
     return replace(program, inputs=specs, notes=(f"the batch stays fixed: {note}",) if note else ())
 
 
-def _agree(given: Any, wanted: Any) -> bool:
-    """Whether two structures hold the same tensors, up to rounding."""
-    pairs = list(zip_longest(flatten_tensors(given), flatten_tensors(wanted)))
-    return all(
-        ours is not None
-        and theirs is not None
-        and ours.shape == theirs.shape
-        and ours.dtype == theirs.dtype
-        and close(ours, theirs)
-        for ours, theirs in pairs
-    )
-
-
-def _agrees_in_a_larger_batch(program: Program, reference: Reference) -> bool:
-    """Whether the program computes what the model does on other values, one more of them than in the example.
+def _agrees_at_once(program: Program, reference: Reference, observed: Any) -> bool:
+    """Whether the raw graph is right on the examples, and the program on other values, one more of them.
 
     False wherever that would not settle it: branches and shapes that may depend on values are looked at one by one.
     """
@@ -66,8 +51,9 @@ def _agrees_in_a_larger_batch(program: Program, reference: Reference) -> bool:
         or any(_shape_may_depend_on_values(node) for node in program.graph.nodes)
     ):
         return False
-    larger = reference.other(1, seed=2)
     try:
+        _hold(program.output_names, flatten_tensors(observed), reference.output, "on the example inputs")
+        larger = reference.other(1, seed=2)
         _same(program, larger, reference.run(larger), "for another batch size")
     except Exception:  # the model takes no other values, or no other batch size; or the program is wrong
         return False
@@ -171,11 +157,15 @@ class ShapeKeeper(fx.Interpreter):
 
 def _same(program: Program, inputs: Sequence[Tensor], expected: Any, where: str) -> None:
     """Raises Refused unless the program gives what the model gave."""
+    _hold(program.output_names, _outputs(program, inputs), expected, where)
+
+
+def _hold(names: Sequence[str], given: Sequence[Tensor], expected: Any, where: str) -> None:
+    """Raises Refused unless outputs are those that the model gave."""
     wanted = tuple(tensor.detach() for tensor in flatten_tensors(expected))
-    given = _outputs(program, inputs)
     if len(given) != len(wanted):
         raise Refused(f"the traced program has {len(given)} outputs and the model {len(wanted)}")
-    for name, ours, theirs in zip(program.output_names, given, wanted, strict=True):
+    for name, ours, theirs in zip(names, given, wanted, strict=True):
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             raise Refused(
                 f"output '{name}' is {tuple(ours.shape)} {ours.dtype} in the traced program and "
