@@ -195,9 +195,7 @@ def check_model(file: OnnxFile, path: Path) -> None:
         raise EmitError(f"the ONNX checker refuses the emitted file: {one_line(error)}") from error
 
 
-def verify_file(
-    path: Path, program: Program, inputs: Inputs, examples: int, seed: int, given: Given | None = None
-) -> float:
+def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, seed: int, given: Given) -> float:
     """Search for an input on which ONNX Runtime and the program disagree; returns the largest error seen.
 
     See `compare_noisy` for how far apart they may be.
@@ -211,7 +209,7 @@ def verify_file(
     session = open_session(path, lean=program_cost(program).bytes > OPAQUE_BYTES)
     names = [item.name for item in session.get_inputs()]
     drawn = Inputs(program.inputs, inputs.examples, inputs.calibration)
-    known = given.of(program) if given is not None else {}
+    known = given.of(program)
     worst, compared = 0.0, 0
 
     def check(case: Case) -> None:

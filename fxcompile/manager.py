@@ -52,7 +52,7 @@ class Result:
     examples: int = 0
     seed: int = 0
     watch: Stopwatch = field(default_factory=Stopwatch, repr=False)
-    given: Given | None = field(default=None, repr=False)
+    given: Given = field(default_factory=Given, repr=False)
     _module: list[fx.GraphModule] = field(default_factory=list, repr=False)
 
     @property
@@ -173,7 +173,8 @@ class PassManager:
         """What a run has come to."""
         pipeline = format_pipeline(self.passes, complete=True)
         examples = self._examples(run.original, OF_FILE)
-        return Result(run.program, run.record, pipeline, run.inputs, examples, self.seed, run.watch, run.given)
+        given = run.given.seal(run.program)
+        return Result(run.program, run.record, pipeline, run.inputs, examples, self.seed, run.watch, given)
 
     def _examples(self, program: Program, most: int = 20) -> int:
         """How many inputs to draw for a check: those that the user wants, else no more than `most`."""

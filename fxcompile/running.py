@@ -58,7 +58,7 @@ class Run:
     progress: Progress
     watch: Stopwatch
     references: dict[Case, tuple[Tensor, ...]] = field(default_factory=dict)
-    given: Given | None = None
+    given: Given = field(default_factory=Given)
     made: dict[str, Fitted] = field(default_factory=dict)
     known: Mapping[str, Fitted] = field(default_factory=dict)
 
@@ -78,8 +78,6 @@ class Run:
                 snapshot = self.program.snapshot()
             report.sites = self._rewrite(pass_)
             kept = [site.name for site in report.sites if site.outcome == "kept"]
-            if kept:
-                self.given = None
             broken = self._verify(pass_, snapshot, report) if kept else None
             found = self.verify == "keep" and any(site.reason for site in report.sites if site.outcome == "kept")
             if broken is not None and not found:
@@ -263,6 +261,7 @@ class Run:
             return self._search(pass_, before, report)
 
     def _search(self, pass_: Pass, before: Program, report: PassReport) -> tuple[Case, str] | None:
+        self.given = Given()
         if not isinstance(pass_.promise, Exact):
             report.error, report.measured_on = self._output_error()
         if not self.examples:
@@ -282,7 +281,7 @@ class Run:
             if not all(map(is_finite, reference)):
                 return  # the network itself overflows on this input
             ours = self.program.outputs(*tensors)
-            seen.add(case, ours)
+            self.given.add(case, ours)
             if exact:
                 compare_noisy(ours, reference, before, tensors)
                 return
@@ -296,7 +295,6 @@ class Run:
                 if lost:
                     raise Broken(f"no gradient reaches parameter '{lost[0]}'")
 
-        self.given = seen = Given(self.program)
         broken = search(check, strategy, self.examples, self.seed)
         if not exact or broken is not None:
             self.references.clear()
@@ -334,7 +332,7 @@ class Run:
             self._rewrite(pass_, middle)
             again = self._verify(pass_, snapshot, report)
             low, high, found = (low, middle, again) if again is not None else (middle, high, found)
-        self.program, self.given = snapshot.snapshot(), None
+        self.program, self.given = snapshot.snapshot(), Given()
         error = self._contract_error(pass_, kept[high - 1], *found)
         if isinstance(error, ContractError):
             raise error
