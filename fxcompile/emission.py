@@ -11,9 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
-import torch
 from google.protobuf.message import DecodeError
 
 from fxcompile.cost import program_cost
@@ -25,6 +23,7 @@ from fxcompile.layers import is_finite
 from fxcompile.onnxfile import OnnxFile, write_onnx
 from fxcompile.program import InputSpec, Program
 from fxcompile.report import FileReport
+from fxcompile.runtime import feeds_of, open_session, run_session
 from fxcompile.simplifying import OPAQUE_BYTES, SIMPLIFICATIONS, put_metadata, simplify
 from fxcompile.verification import Broken, Case, Inputs, cases, compare_noisy, most_samples, search
 from fxcompile.writing import check_writable, publish, scratch_beside
@@ -207,7 +206,6 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
         EmitError: there is such an input, or ONNX Runtime cannot run the file.
     """
     session = open_session(path, lean=program_cost(program).bytes > OPAQUE_BYTES)
-    names = [item.name for item in session.get_inputs()]
     drawn = Inputs(program.inputs, inputs.examples, inputs.calibration)
     known = given.of(program)
     worst, compared = 0.0, 0
@@ -221,13 +219,8 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
             return  # a free dimension of a size that the network does not take
         if not all(map(is_finite, own)):
             return
-        feeds = {
-            spec.name: tensor.numpy()
-            for spec, tensor in zip(program.inputs, tensors, strict=True)
-            if spec.name in names
-        }
         try:
-            theirs = [torch.from_numpy(np.array(item)) for item in session.run(None, feeds)]
+            theirs = run_session(session, feeds_of(session, program, tensors))
         except Exception as error:
             raise Broken(f"ONNX Runtime fails: {one_line(error)}") from error
         worst = max(worst, compare_noisy(theirs, own, program, tensors))
@@ -247,28 +240,6 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
             mend="look for a negative variance or a division by zero in it, or pass --verify off",
         )
     return worst
-
-
-def open_session(path: Path, lean: bool = False) -> Any:
-    """An ONNX Runtime session on the CPU.
-
-    Args:
-        lean: without other layouts of the weights, which would be two more copies of them.
-
-    Raises:
-        EmitError: ONNX Runtime does not load the file.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would hold up torch between two runs
-    if lean:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise EmitError(f"ONNX Runtime does not load the emitted file: {one_line(error)}") from error
 
 
 def shapes(values: Sequence[onnx.ValueInfoProto]) -> dict[str, list[int | str]]:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxcompile.emission import open_session, save_onnx
+from fxcompile.emission import save_onnx
 from fxcompile.errors import EmitError
 from fxcompile.manager import Result
+from fxcompile.runtime import feeds_of, open_session, run_session
 from fxcompile.yardstick import Errors, Outputs, Yardstick
 
 
@@ -71,11 +72,7 @@ def run_file(path: Path, yard: Yardstick) -> Outputs:
     taken = {item.name: item.shape for item in session.get_inputs()}
     made: Outputs = []
     for batch in yard.batches:
-        feeds = {
-            spec.name: tensor.numpy()
-            for spec, tensor in zip(yard.program.inputs, batch, strict=True)
-            if spec.name in taken
-        }
+        feeds = feeds_of(session, yard.program, batch)
         try:
             made.append(_run(session, feeds, yard, taken))
         except Exception as error:
@@ -87,7 +84,7 @@ def _run(session: Any, feeds: dict[str, Any], yard: Yardstick, taken: dict[str, 
     free = [spec.name for spec in yard.program.inputs if spec.batch_axis == 0 and spec.name in taken]
     size = next((taken[name][0] for name in free if isinstance(taken[name][0], int)), None)
     if size is None:
-        return tuple(torch.from_numpy(np.array(item)) for item in session.run(None, feeds))
+        return tuple(run_session(session, feeds))
     count = next(iter(feeds[name].shape[0] for name in free))
     parts = []
     for start in range(0, count, size):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -17,6 +16,7 @@ from fxcompile.contracts import Exact, tolerance
 from fxcompile.errors import FxcompileError
 from fxcompile.manager import PassManager
 from fxcompile.program import FEATURE, ORIGIN, Program, fetch, flatten_tensors
+from fxcompile.runtime import feeds_of, open_session, run_session
 from fxcompile.sitedata import full_batches, synthetic_batch
 from fxcompile.testing.trial import Trial
 from fxcompile.verification import NOISE, Broken, compare_noisy, relative_maximum, rounding_reach
@@ -250,10 +250,11 @@ def same_in_onnx(trial: Trial) -> None:
             if not _is_exported(single.program, Path(folder) / "before.onnx"):
                 return  # nor is the network without the passes
             raise Broken(f"the result is not exported: {error}") from error
+        session = open_session(path)
         for inputs in single.inputs:
             wanted = single.wanted(inputs)
             if wanted is not None:
-                given = _run_onnx(path, single.program, inputs)
+                given = run_session(session, feeds_of(session, single.program, inputs))
                 target = single.program if trial.is_exact else result.program
                 compare_noisy(given, wanted if trial.is_exact else target.outputs(*inputs), target, inputs)
 
@@ -265,14 +266,3 @@ def _is_exported(program: Program, path: Path) -> bool:
     except FxcompileError:
         return False
     return True
-
-
-def _run_onnx(path: Path, program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = {item.name for item in session.get_inputs()}
-    feeds = {
-        spec.name: tensor.numpy() for spec, tensor in zip(program.inputs, inputs, strict=True) if spec.name in names
-    }
-    return [torch.from_numpy(np.array(item)) for item in session.run(None, feeds)]
