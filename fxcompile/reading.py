@@ -68,7 +68,10 @@ def read_model(path: Path, *, factory: str | None = None, allow_pickle: bool = F
             place=place,
             mend="export the nn.Module it was made from with torch.export.save, or save its state_dict() for --model",
         )
-    data = load_safetensors(path) if kind is Kind.SAFETENSORS else load_torch(path, allow_pickle)
+    if kind is Kind.SAFETENSORS:
+        data: object = load_safetensors(path)
+    else:
+        data = load_torch(path, allow_pickle, kind is Kind.TORCH_ZIP)
     pickled = find_module(data)
     if isinstance(pickled, torch.jit.ScriptModule):
         raise ReadError(

@@ -8,7 +8,6 @@ import pickle
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,11 @@ PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "ema.")
 _SHOWN = 3
 
 
-def load_torch(path: Path, allow_pickle: bool) -> object:
+def load_torch(path: Path, allow_pickle: bool, is_zip: bool) -> object:
     """What torch.save wrote, with the weights-only unpickler unless pickles are allowed.
+
+    Args:
+        is_zip: whether it is of the format that can be mapped, which torch.save has written since torch 1.6.
 
     Raises:
         ReadError: damaged, or it needs code to be loaded.
@@ -38,8 +40,7 @@ def load_torch(path: Path, allow_pickle: bool) -> object:
             warnings.simplefilter("ignore")
             if not allow_pickle:
                 # Mapped, not read: the weights are copied into the architecture right away.
-                mapped = zipfile.is_zipfile(path)
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
             with importable(os.getcwd()), contextlib.redirect_stdout(sys.stderr):
                 return torch.load(path, map_location="cpu", weights_only=False)
     except (Exception, SystemExit) as error:  # a malformed file raises almost anything
