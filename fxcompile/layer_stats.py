@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompile.errors import FitError, UsageError
+from fxcompile.layers import is_finite
 from fxcompile.patches import chunks, group_count, input_channels, output_channels, output_rows, weight_matrix, windows
 
 CHUNK_BYTES = 64 * 2**20  # patches and outputs that are in memory as float64 at one time
@@ -328,8 +329,8 @@ def check_finite(values: Tensor, name: str) -> None:
     """Raises `FitError`, naming what it is, if a tensor is complex or holds NaN or infinity."""
     if values.is_complex():
         raise FitError(f"the {name} are complex numbers", mend="fit real layers only")
-    wrong = values.numel() - int(values.isfinite().sum())
-    if wrong:
+    if not is_finite(values):
+        wrong = values.numel() - int(values.isfinite().sum())
         raise FitError(f"{wrong} of {values.numel()} {name} are NaN or infinite", mend="check the data and the weights")
 
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, linalg
 
+from fxcompile.layers import is_finite
+
 from ._stack_algebra import cut, split, squares, stage_kernels
 
 AMPLIFICATION_LIMIT = 4.0
@@ -43,7 +45,7 @@ def stack(
     if len(widths) != len(kernels) - 1 or any(m < groups or m % groups for m in widths):
         raise ValueError(f"{len(kernels) - 1} widths that are multiples of {groups} are wanted, not {list(widths)}")
     shape = [m // groups for m in widths]
-    if not bool(target.isfinite().all()):
+    if not is_finite(target):
         raise ValueError("the weight holds values that are not finite")
     norm = target.flatten(1).norm(dim=1).clamp_min(1e-300)
     target = target / _like(norm, target)

@@ -16,6 +16,8 @@ from itertools import product
 import torch
 from torch import Tensor, linalg
 
+from fxcompile.layers import is_finite
+
 from ._stack_algebra import cut, split
 from ._stack_fitting import balance, chain, crop, spectrum, taps
 
@@ -41,7 +43,7 @@ def refine(
     """
     target = split(weight, groups)
     moments = gram.detach().double().reshape(groups, target[0, 0].numel(), -1).clone()
-    if not bool(moments.isfinite().all()):
+    if not is_finite(moments):
         raise ValueError("the second moments hold values that are not finite")
     level = moments.diagonal(dim1=1, dim2=2).mean(1)
     moments.diagonal(dim1=1, dim2=2).add_(torch.where(level > 0, ridge * level, 1.0)[:, None])

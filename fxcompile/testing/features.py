@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fxcompile.errors import FxcompileError
+from fxcompile.layers import is_finite
 from fxcompile.program import flatten_tensors
 from fxcompile.testing.network import Network
 from fxcompile.tracing import trace
@@ -210,7 +211,7 @@ def state(network: Network) -> bool | None:
         with torch.no_grad():
             outputs = flatten_tensors(model(*[tensor.clone() for tensor in examples]))
             others = flatten_tensors(model(*[tensor.flip(0) * 1.5 + 0.25 for tensor in examples]))
-        if not all(tensor.isfinite().all() for tensor in outputs):
+        if not all(map(is_finite, outputs)):
             return None
         trace(model, examples)
     except (FxcompileError, RuntimeError, ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from fxcompile.calibration import as_calibration
 from fxcompile.contracts import Exact, tolerance
 from fxcompile.errors import FxcompileError
+from fxcompile.layers import is_finite
 from fxcompile.manager import PassManager
 from fxcompile.program import FEATURE, ORIGIN, Program, fetch, flatten_tensors
 from fxcompile.runtime import feeds_of, open_session, run_session
@@ -32,16 +33,28 @@ def same_function(trial: Trial) -> None:
 
     A network that amplifies rounding past that is allowed what perturbing its layers by rounding gives.
     """
-    for inputs in trial.inputs:
-        wanted = trial.wanted(inputs)
-        if wanted is None:
-            continue
-        given = trial.given(inputs)
-        check_forms(given, wanted, trial.program)
+    for inputs, given, wanted in compared(trial):
         if trial.is_exact:
             check_close(given, wanted, trial.program, inputs)
-        elif not all(tensor.isfinite().all() for tensor in given if tensor.is_floating_point()):
+        elif not all(map(is_finite, given)):
             raise Broken("an output is not finite where the model's is")
+
+
+Tensors = Sequence[Tensor]
+
+
+def compared(trial: Trial) -> Iterator[tuple[Tensors, Tensors, Tensors]]:
+    """Inputs that the model takes, what the rewritten module gives for them, and what the model does.
+
+    Raises:
+        Broken: those are not of the same number, shapes and dtypes.
+    """
+    for inputs in trial.inputs:
+        wanted = trial.wanted(inputs)
+        if wanted is not None:
+            given = trial.given(inputs)
+            check_forms(given, wanted, trial.program)
+            yield inputs, given, wanted
 
 
 def faithful_trace(trial: Trial) -> None:
@@ -81,12 +94,7 @@ def check_close(given: Sequence[Tensor], wanted: Sequence[Tensor], program: Prog
 def same_in_float32(trial: Trial) -> None:
     """The same holds in float32, in its tolerance."""
     single = trial.single()
-    for inputs in single.inputs:
-        wanted = single.wanted(inputs)
-        if wanted is None:
-            continue
-        given = single.given(inputs)
-        check_forms(given, wanted, single.program)
+    for inputs, given, wanted in compared(single):
         if trial.is_exact:
             compare_noisy(given, wanted, single.program, inputs)
 
@@ -106,8 +114,8 @@ def gradients(trial: Trial) -> None:
         # In train mode a batch norm that was folded kept values where an activation is not flat.
         if mode == "eval" and _flows(before) and after and not _flows(after):
             raise Broken(f"in {mode} mode all gradients are zero, and those of the model are not")
-        if all(gradient is None or gradient.isfinite().all() for gradient in before.values()):
-            wrong = [name for name, gradient in after.items() if gradient is not None and not gradient.isfinite().all()]
+        if all(gradient is None or is_finite(gradient) for gradient in before.values()):
+            wrong = [name for name, gradient in after.items() if gradient is not None and not is_finite(gradient)]
             if wrong:
                 raise Broken(f"in {mode} mode the gradient of parameter '{wrong[0]}' is not finite")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompile.contracts import Approximate, Contract, Exact, Trained
+from fxcompile.layers import is_finite
 from fxcompile.manager import PassManager, Result
 from fxcompile.program import Program, flatten_tensors
 from fxcompile.report import SiteReport
@@ -114,7 +115,7 @@ class Trial:
                 outputs = flatten_tensors(self.model(*[tensor.clone() for tensor in inputs]))
             except (RuntimeError, ValueError):
                 return None
-        return outputs if all(tensor.isfinite().all() for tensor in outputs) else None
+        return outputs if all(map(is_finite, outputs)) else None
 
     def given(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the rewritten module gives.
