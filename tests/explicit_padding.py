@@ -41,8 +41,12 @@ class ExplicitPadding(Pass):
         """Two layers, the second one over the weights of the old one."""
         conv = site.layer
         made = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, device="meta", **self.arguments(conv))
-        made.weight, made.bias = conv.weight, conv.bias
+        made.weight, made.bias = self.weight(conv.weight), conv.bias
         return [nn.ZeroPad2d(self.sides(conv)), made]
+
+    def weight(self, held: nn.Parameter) -> nn.Parameter:
+        """The weight of the new convolution."""
+        return held
 
 
 class SwappedSides(ExplicitPadding):
@@ -82,10 +86,8 @@ class DroppedBias(ExplicitPadding):
 class RoundedWeight(ExplicitPadding):
     name: ClassVar[str] = "rounded-weight"
 
-    def rewrite(self, site: Site) -> list[nn.Module]:
-        pad, conv = super().rewrite(site)
-        conv.weight = nn.Parameter(conv.weight.detach().float().double(), conv.weight.requires_grad)  # type: ignore[operator, arg-type, union-attr]
-        return [pad, conv]
+    def weight(self, held: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(held.detach().float().double(), held.requires_grad)
 
 
 class CopiedWeight(ExplicitPadding):
@@ -93,11 +95,8 @@ class CopiedWeight(ExplicitPadding):
 
     name: ClassVar[str] = "copied-weight"
 
-    def rewrite(self, site: Site) -> list[nn.Module]:
-        pad, conv = super().rewrite(site)
-        weight: Any = conv.weight
-        conv.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-        return [pad, conv]
+    def weight(self, held: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(held.detach().clone(), held.requires_grad)
 
 
 class WrittenWeight(ExplicitPadding):
@@ -105,22 +104,17 @@ class WrittenWeight(ExplicitPadding):
 
     name: ClassVar[str] = "written-weight"
 
-    def rewrite(self, site: Site) -> list[nn.Module]:
-        pad, conv = super().rewrite(site)
-        old = site.layer.weight.detach().clone()
-        conv.weight = nn.Parameter(old, site.layer.weight.requires_grad)
-        site.layer.weight.data.mul_(2)
-        return [pad, conv]
+    def weight(self, held: nn.Parameter) -> nn.Parameter:
+        old = held.detach().clone()
+        held.data.mul_(2)
+        return nn.Parameter(old, held.requires_grad)
 
 
 class FrozenWeight(ExplicitPadding):
     name: ClassVar[str] = "frozen-weight"
 
-    def rewrite(self, site: Site) -> list[nn.Module]:
-        pad, conv = super().rewrite(site)
-        weight: Any = conv.weight
-        conv.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        return [pad, conv]
+    def weight(self, held: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(held.detach(), requires_grad=False)
 
 
 class GlobalRandom(ExplicitPadding):
@@ -137,12 +131,9 @@ class NeverTheSame(ExplicitPadding):
     name: ClassVar[str] = "never-the-same"
     count: ClassVar[list[int]] = [0]
 
-    def rewrite(self, site: Site) -> list[nn.Module]:
-        pad, conv = super().rewrite(site)
+    def weight(self, held: nn.Parameter) -> nn.Parameter:
         self.count[0] += 1
-        weight: Any = conv.weight
-        conv.weight = nn.Parameter(weight.detach() * (1 + self.count[0] * 2.3e-16), weight.requires_grad)
-        return [pad, conv]
+        return nn.Parameter(held.detach() * (1 + self.count[0] * 2.3e-16), held.requires_grad)
 
 
 class NeverDone(ExplicitPadding):
@@ -204,11 +195,8 @@ class Louder(ExplicitPadding):
             if isinstance(item, Skip) or len(tied[id(item.layer.weight)]) == 1:
                 yield item
 
-    def rewrite(self, site: Site) -> list[nn.Module]:
-        pad, conv = super().rewrite(site)
-        weight: Any = conv.weight
-        conv.weight = nn.Parameter(weight.detach() * 1.01, weight.requires_grad)
-        return [pad, conv]
+    def weight(self, held: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(held.detach() * 1.01, held.requires_grad)
 
 
 class Steps(nn.Module):

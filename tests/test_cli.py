@@ -137,7 +137,7 @@ def test_passes_lists_and_describes(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in described
 
 
-def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_wait_spin_shortly_unless_the_user_says_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     call("passes")
     assert os.environ["GOMP_SPINCOUNT"] == "7"

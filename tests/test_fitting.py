@@ -8,15 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from drawn_layers import (
-    close,
-    conv_case,
-    direct_rows,
-    layers,
-    noise,
-    quick,
-    same_moments,
-)
+from drawn_layers import close, conv_case, direct_rows, layers, noise, quick, same_moments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -8,24 +8,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from drawn_layers import (
-    close,
-    conv_case,
-    direct_rows,
-    layers,
-    noise,
-    quick,
-    same_moments,
-)
+from drawn_layers import close, conv_case, direct_rows, layers, noise, quick, same_moments
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxcompile import layer_stats
 from fxcompile.errors import FitError, UsageError
-from fxcompile.fitting import (
-    LayerStats,
-)
+from fxcompile.fitting import LayerStats
 from fxcompile.patches import weight_matrix
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
