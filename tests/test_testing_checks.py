@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import explicit_padding as passes
+import hypothesis
 import pytest
 import torch
 from explicit_padding import ExplicitPadding
@@ -205,6 +206,16 @@ def test_an_author_can_say_what_makes_a_site() -> None:
     assert summary.with_sites > 5
 
 
+@pytest.fixture
+def random_draws() -> Iterator[None]:
+    """Hypothesis's own default, where CI would have it draw the same each time and keep nothing."""
+    before = hypothesis.settings.get_current_profile_name()
+    hypothesis.settings.load_profile("default")
+    yield
+    hypothesis.settings.load_profile(before)
+
+
+@pytest.mark.usefixtures("random_draws")
 def test_failures_are_kept_and_tried_first(tmp_path: Path) -> None:
     with pytest.raises(PassFailure):
         check_pass(passes.OneSide(), examples=300, onnx_examples=0, database=tmp_path)

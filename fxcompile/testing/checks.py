@@ -145,7 +145,8 @@ def check_pass(
         networks: what to draw from instead of the kit's own networks; nothing is planted in these.
         sites: steps to plant because they make a site, beside what the kit learns from `pass_.sites`.
         exact: hold an approximate pass to equality, because its options promise it.
-        database: a folder for what failed, which is tried first the next time.
+        database: a folder for what failed, which is tried first the next time; unused under a profile that draws the
+            same each time, as Hypothesis's "ci" does.
 
     Raises:
         PassFailure: an AssertionError with the smallest network and input found, and a file that reproduces it.

@@ -33,6 +33,14 @@ PLANTED = 30
 
 MOST_PLANTED = 120
 
+FAMILIES = (
+    ("convolution", "transposed convolution"),
+    ("activation", "prelu"),
+    ("batch norm", "instance norm", "group norm"),
+    ("pool", "adaptive pool", "global pool"),
+)
+"""Steps that a pass may treat alike, and be wrong for one: where one of them makes a site, the others are tried."""
+
 LONG = 24
 """Steps of a plain network: what is around a site is all that is kept of it."""
 
@@ -46,7 +54,8 @@ EACH = 4
 def learn(passes: Sequence[Pass]) -> list[Recipe]:
     """Recipes for the sites of passes and, as often, for what they skip; each pattern and each reason as any other.
 
-    What was found in plain networks is planted in others and looked at again, as one thing leads to another.
+    What was found in plain networks is planted in others and looked at again, as one thing leads to another; so is the
+    same with one step of another kind.
     """
     sites: dict[str, list[Recipe]] = {}
     skips: dict[str, list[Recipe]] = {}
@@ -65,7 +74,20 @@ def learn(passes: Sequence[Pass]) -> list[Recipe]:
         if index >= PLANTED and sites:
             break
         note(planted(index, sites, skips))
+    relatives = [made for group in sites.values() for made in kin(group[0])]
+    for index in range(PLANTED if relatives else 0):
+        note(traced(grow(RandomPicker(MOST + MOST_PLANTED + index), relatives, LONG, LEARNING)))
     return mixed(sites, skips)
+
+
+def kin(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with one step of another kind of the same family."""
+    for index, step in enumerate(recipe.steps):
+        for family in FAMILIES:
+            for kind in family if step.kind in family else ():
+                if kind != step.kind:
+                    changed = Step(kind, (), step.sources)
+                    yield Recipe((*recipe.steps[:index], changed, *recipe.steps[index + 1 :]))
 
 
 def mixed(sites: Mapping[str, Sequence[Recipe]], skips: Mapping[str, Sequence[Recipe]]) -> list[Recipe]:
