@@ -271,7 +271,7 @@ class Run:
         exact = isinstance(pass_.promise, Exact)
         # Layers that the model itself keeps from training, under whose names their replacements stand.
         frozen = unreached(before, before.examples) if isinstance(pass_.promise, Trained) else []
-        untrained = tuple(name.rpartition(".")[0] for name in frozen)
+        untrained = tuple(f"{name.rpartition('.')[0]}." for name in frozen if "." in name)
 
         def check(case: Case) -> None:
             tensors = self.inputs.make(case)
@@ -291,7 +291,11 @@ class Run:
                 if not is_finite(given):
                     raise Broken(f"'{name}' is not finite")
             if isinstance(pass_.promise, Trained):
-                lost = [name for name in unreached(self.program, tensors) if not name.startswith(untrained)]
+                lost = [
+                    name
+                    for name in unreached(self.program, tensors)
+                    if name not in frozen and not name.startswith(untrained)
+                ]
                 if lost:
                     raise Broken(f"no gradient reaches parameter '{lost[0]}'")
 

@@ -220,6 +220,22 @@ def test_what_the_model_itself_keeps_from_training_is_no_breach() -> None:
     assert all(parameter.grad is None for parameter in program.module.parameters())
 
 
+def test_a_layer_that_does_not_train_excuses_no_layer_whose_name_begins_like_its_own() -> None:
+    class Coded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.ones(8, 1, 1))
+            self.conv, self.conv2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv2((self.conv(x) + self.shift).to(torch.int32).to(x.dtype))
+
+    torch.manual_seed(0)
+    program = trace(Coded().eval(), 9 * torch.randn(2, 3, 6, 6))
+    with pytest.raises(ContractError, match="no gradient reaches parameter 'conv2"):
+        PassManager([Cut()]).run(program)
+
+
 class Wrong(Pass):
     """Returns layers that do not fit."""
 
