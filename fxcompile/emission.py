@@ -25,7 +25,7 @@ from fxcompile.program import InputSpec, Program
 from fxcompile.report import FileReport
 from fxcompile.runtime import feeds_of, open_session, run_session
 from fxcompile.simplifying import OPAQUE_BYTES, SIMPLIFICATIONS, put_metadata, simplify
-from fxcompile.verification import Broken, Case, Inputs, cases, compare_noisy, most_samples, search
+from fxcompile.verification import Broken, Case, Inputs, Seen, cases, compare_noisy, most_samples, search
 from fxcompile.writing import check_writable, publish, scratch_beside
 
 if TYPE_CHECKING:
@@ -109,17 +109,18 @@ def _write(
             with watch.stage("check"):
                 check_model(file, scratch)
             with watch.stage("runtime"):
-                error = (
-                    verify_file(scratch, program, result.inputs, examples, result.seed, result.given) if verify else 0.0
-                )
+                seen = Seen()
+                if verify:
+                    seen = verify_file(scratch, program, result.inputs, examples, result.seed, result.given)
         except EmitError as refused:
             raise with_mend(refused, program) from refused
         with watch.stage("write"):
             size = publish(scratch, path)
+    result.record.amplified = max(result.record.amplified, seen.amplified)
     graph = file.proto.graph
     opset = next(item.version for item in file.proto.opset_import if item.domain == "")
     return FileReport(
-        str(path), size, len(graph.node), opset, error, examples, shapes(graph.input), shapes(graph.output)
+        str(path), size, len(graph.node), opset, seen.error, examples, shapes(graph.input), shapes(graph.output)
     )
 
 
@@ -194,8 +195,8 @@ def check_model(file: OnnxFile, path: Path) -> None:
         raise EmitError(f"the ONNX checker refuses the emitted file: {one_line(error)}") from error
 
 
-def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, seed: int, given: Given) -> float:
-    """Search for an input on which ONNX Runtime and the program disagree; returns the largest error seen.
+def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, seed: int, given: Given) -> Seen:
+    """Search for an input on which ONNX Runtime and the program disagree; returns the largest differences seen.
 
     See `compare_noisy` for how far apart they may be.
 
@@ -208,10 +209,10 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
     session = open_session(path, lean=program_cost(program).bytes > OPAQUE_BYTES)
     drawn = Inputs(program.inputs, inputs.examples, inputs.calibration)
     known = given.of(program)
-    worst, compared = 0.0, 0
+    seen, compared = Seen(), 0
 
     def check(case: Case) -> None:
-        nonlocal worst, compared
+        nonlocal compared
         tensors = drawn.make(case)
         try:
             own = known[case] if case in known else program.outputs(*tensors)
@@ -223,7 +224,7 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
             theirs = run_session(session, feeds_of(session, program, tensors))
         except Exception as error:
             raise Broken(f"ONNX Runtime fails: {one_line(error)}") from error
-        worst = max(worst, compare_noisy(theirs, own, program, tensors))
+        seen.add(compare_noisy(theirs, own, program, tensors))
         compared += 1
 
     strategy = cases(drawn.kinds(), most_samples(program, examples))
@@ -239,7 +240,7 @@ def verify_file(path: Path, program: Program, inputs: Inputs, examples: int, see
             "nothing could be verified: on every input that was drawn the network fails, or gives NaN or infinity",
             mend="look for a negative variance or a division by zero in it, or pass --verify off",
         )
-    return worst
+    return seen
 
 
 def shapes(values: Sequence[onnx.ValueInfoProto]) -> dict[str, list[int | str]]:

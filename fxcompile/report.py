@@ -85,6 +85,8 @@ class Report:
 
     Attributes:
         notes: what had to be given up, a sentence each.
+        amplified: the largest difference that verification let pass because the network amplifies rounding that far,
+            relative to an output's largest value; 0 where it had to let none pass.
         seconds: time by stage, which adds up to the whole: reading, tracing, each pass under its name (finding sites,
             rewriting, fitting), analysis (costs, snapshots, checks of the graph), verification (of passes), export
             (`torch.onnx.export`), simplify, write, check (`onnx.checker`), runtime (verification in ONNX Runtime).
@@ -97,6 +99,7 @@ class Report:
     after: Cost
     passes: list[PassReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    amplified: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     file: FileReport | None = None
 
@@ -120,7 +123,14 @@ class Report:
         lines = table(Row("pass / site", "", ("error", "params", "MACs", "bytes", "s")), rows, width)
         stages = (f"{stage} {_seconds(seconds)} s" for stage, seconds in self.seconds.items())
         lines += wrapped(f"time: {', '.join(stages)}", width, "      ")
-        for note in self.notes:
+        notes = self.notes
+        if self.amplified:
+            notes = [
+                *notes,
+                f"rounding alone, amplified by the network, moves an output by {self.amplified:.1g} of its "
+                "largest value on some input that was drawn; there it could not be held to less",
+            ]
+        for note in notes:
             lines += wrapped(f"note: {note}", width, "      ")
         if self.file is not None:
             lines += wrapped(_file_text(self.file), width, "  ")

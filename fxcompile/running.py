@@ -30,7 +30,7 @@ from fxcompile.rewriting import Pass, Replacement, Site, Skip
 from fxcompile.sitedata import SiteData, full_batches, synthetic_batch
 from fxcompile.splice import Splicer, finish, fragment_of
 from fxcompile.timing import Stopwatch
-from fxcompile.verification import Broken, Case, Inputs, cases, compare, compare_noisy, draw, most_samples, search
+from fxcompile.verification import Broken, Case, Inputs, Seen, cases, compare, compare_noisy, draw, most_samples, search
 
 Verify = Literal["raise", "rollback", "keep", "off"]
 """What a broken contract does: it stops the run, or is undone, or is only written down, or is not looked for."""
@@ -273,6 +273,8 @@ class Run:
         frozen = unreached(before, before.examples) if isinstance(pass_.promise, Trained) else []
         untrained = tuple(f"{name.rpartition('.')[0]}." for name in frozen if "." in name)
 
+        seen = Seen()
+
         def check(case: Case) -> None:
             tensors = self.inputs.make(case)
             if case not in self.references:
@@ -283,7 +285,7 @@ class Run:
             ours = self.program.outputs(*tensors)
             self.given.add(case, ours)
             if exact:
-                compare_noisy(ours, reference, before, tensors)
+                seen.add(compare_noisy(ours, reference, before, tensors))
                 return
             for name, given, wanted in zip(self.program.output_names, ours, reference, strict=True):
                 if given.shape != wanted.shape or given.dtype != wanted.dtype:
@@ -300,6 +302,7 @@ class Run:
                     raise Broken(f"no gradient reaches parameter '{lost[0]}'")
 
         broken = search(check, strategy, self.examples, self.seed)
+        self.record.amplified = max(self.record.amplified, seen.amplified)
         if not exact or broken is not None:
             self.references.clear()
         return broken

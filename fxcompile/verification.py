@@ -347,12 +347,29 @@ def _run_wide(interpreter: DoubleInterpreter, inputs: Sequence[Tensor]) -> tuple
         return flatten_tensors(interpreter.run(*wide, enable_io_processing=False))
 
 
+@dataclass
+class Seen:
+    """The largest differences seen between two computations of one function, relative to an output's largest value.
+
+    Attributes:
+        error: of those within the tolerance.
+        amplified: of those beyond it that rounding inside the network explains; 0 where there were none.
+    """
+
+    error: float = 0.0
+    amplified: float = 0.0
+
+    def add(self, other: Seen) -> None:
+        """The larger of both."""
+        self.error, self.amplified = max(self.error, other.error), max(self.amplified, other.amplified)
+
+
 NOISE = 4.0
 """How many times the reach of rounding another computation of the same function may be off."""
 
 
-def compare_noisy(given: Sequence[Tensor], own: Sequence[Tensor], program: Program, inputs: Sequence[Tensor]) -> float:
-    """Hold another computation of a program's outputs against its own; returns the largest error seen.
+def compare_noisy(given: Sequence[Tensor], own: Sequence[Tensor], program: Program, inputs: Sequence[Tensor]) -> Seen:
+    """Hold another computation of a program's outputs against its own; returns the largest errors seen.
 
     An error within the tolerance passes. A deep, saturating or normalising network amplifies harmless rounding past
     it: a larger error passes only if rounding inside the network, amplified in the same way, explains it.
@@ -364,13 +381,13 @@ def compare_noisy(given: Sequence[Tensor], own: Sequence[Tensor], program: Progr
         raise Broken(f"there are {len(given)} outputs instead of {len(own)}")
     exact: tuple[Tensor, ...] = ()
     reach: list[float] = []
-    worst = 0.0
+    seen = Seen()
     for index, (name, theirs, ours) in enumerate(zip(program.output_names, given, own, strict=True)):
         if theirs.shape != ours.shape:
             raise Broken(f"'{name}' has shape {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
         error = relative_maximum(theirs, ours) if ours.is_floating_point() else float(not torch.equal(theirs, ours))
         if error <= tolerance(ours.dtype):
-            worst = max(worst, error)
+            seen.add(Seen(error))
             continue
         if not exact:
             exact = run_double(program, inputs)
@@ -379,7 +396,8 @@ def compare_noisy(given: Sequence[Tensor], own: Sequence[Tensor], program: Progr
             if torch.equal(ours, exact[index]):
                 raise Broken(f"'{name}' differs in {int((theirs != ours).sum())} of {ours.numel()} elements")
             continue  # a comparison so close that float64 decides it otherwise, too
-        error = relative_maximum(theirs, exact[index])
-        if not error <= NOISE * reach[index]:
-            raise Broken(f"'{name}' differs by {error:.2e} of its largest value, rounding reaches {reach[index]:.0e}")
-    return worst
+        off = relative_maximum(theirs, exact[index])
+        if not off <= NOISE * reach[index]:
+            raise Broken(f"'{name}' differs by {off:.2e} of its largest value, rounding reaches {reach[index]:.0e}")
+        seen.add(Seen(amplified=error))
+    return seen

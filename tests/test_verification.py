@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from fxcompile.calibration import as_calibration
 from fxcompile.contracts import tolerance
+from fxcompile.manager import PassManager
 from fxcompile.program import InputSpec
 from fxcompile.tracing import trace
 from fxcompile.verification import (
@@ -136,9 +139,30 @@ def test_amplified_rounding_passes_and_a_real_error_does_not() -> None:
     own, exact = program.outputs(x), run_double(program, (x,))
     (reach,) = rounding_reach(program, (x,), exact)
     assert reach > 10 * tolerance(torch.float32)
-    compare_noisy([exact[0].float()], own, program, (x,))
+    seen = compare_noisy([exact[0].float()], own, program, (x,))
+    assert seen.error == 0
+    assert seen.amplified == pytest.approx(relative_maximum(exact[0], own[0]), rel=1e-3)
+    assert seen.amplified > tolerance(torch.float32)
     with pytest.raises(Broken, match="rounding reaches"):
         compare_noisy([exact[0].float() * 1.5], own, program, (x,))
+    within = compare_noisy([own[0] * (1 + 2e-6)], own, program, (x,))
+    assert within.amplified == 0
+    assert within.error == pytest.approx(2e-6, rel=0.1)
+
+
+def test_amplified_rounding_is_written_into_the_report(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4, eps=1e-12)
+    )
+    with torch.no_grad():
+        model[2].weight.mul_(1e-5)
+    nearly_flat = torch.full((2, 3, 6, 6), 100.0) + 1e-3 * torch.randn(2, 3, 6, 6)
+    manager = PassManager("fold-batchnorm", calibration=nearly_flat)
+    result = manager.run(trace(model.eval(), nearly_flat[:1]))
+    result.save_onnx(tmp_path / "flat.onnx")
+    assert result.record.amplified > tolerance(torch.float32)
+    assert "rounding alone, amplified by the network, moves an output by" in result.record.text()
 
 
 def squeezed(activation: nn.Module) -> nn.Module:
