@@ -129,6 +129,7 @@ def fit_to_inputs(arrays: Mapping[str, Any], specs: Sequence[InputSpec], place: 
     if not given:
         raise CalibrationError("it holds no arrays", place=place, mend="save an array for each input")
     tensors: dict[str, Tensor] = {}
+    unnamed = [spec for spec in specs if spec.name not in given]
     for index, spec in enumerate(specs):
         tensor = given.get(spec.name)
         if tensor is None and set(given) == {str(number) for number in range(len(specs))}:
@@ -137,7 +138,10 @@ def fit_to_inputs(arrays: Mapping[str, Any], specs: Sequence[InputSpec], place: 
             near = [held for name, held in given.items() if name not in {item.name for item in specs}]
             fitting = [held for held in near if _misfit(held, spec) is None]
             near = fitting or near
-            if len(near) != 1 or (len(specs) > 1 and not fitting):
+            others = [
+                other for other in unnamed if other is not spec and len(near) == 1 and not _misfit(near[0], other)
+            ]
+            if len(near) != 1 or (len(specs) > 1 and not fitting) or others:
                 shown = ", ".join(f"'{name}' {_shape(held)}" for name, held in given.items())
                 raise CalibrationError(
                     f"there is no array for input '{spec.name}' {_wanted(spec)} among {shown}",

@@ -6,13 +6,15 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
+import torch
 from torch import Tensor, fx
 
 from fxcompile.calibration import as_calibration
 from fxcompile.cost import program_cost
 from fxcompile.dumping import Dumps
-from fxcompile.errors import UsageError
+from fxcompile.errors import UsageError, did_you_mean
 from fxcompile.given import Given
 from fxcompile.pipeline import format_pipeline, parse_pipeline
 from fxcompile.program import FEATURE, Program
@@ -64,14 +66,29 @@ class Result:
             self._module.append(copy.deepcopy(copied, shared))
         return self._module[0]
 
+    def _is_trained(self, module: fx.GraphModule) -> bool:
+        """Whether any tensor of the copy that was handed out has other values than the program's own."""
+        own = self.program.module.state_dict()
+        given = module.state_dict()
+        return own.keys() != given.keys() or not all(torch.equal(own[name], given[name]) for name in own)
+
     def report(self) -> Report:
         """What every pass did, site by site; prints as a table."""
         return self.record
 
     def save_onnx(self, path: str | Path, **options: object) -> Report:
-        """Emit, simplify, verify in ONNX Runtime and write atomically; see `fxcompile.emission.save_onnx`."""
+        """Emit, simplify, verify in ONNX Runtime and write atomically; see `fxcompile.emission.save_onnx`.
+
+        Raises:
+            UsageError: `module` was trained: what is written is what the passes made, before that.
+        """
         from fxcompile.emission import save_onnx
 
+        if self._module and self._is_trained(self._module[0]):
+            raise UsageError(
+                "result.module has other values now than the passes gave it, and save_onnx would write those",
+                mend="trace it again: PassManager([]).run(trace(result.module.eval(), example_inputs)).save_onnx(...)",
+            )
         self.record.file = save_onnx(self, Path(path), **options)  # type: ignore[arg-type]
         return self.record
 
@@ -90,6 +107,10 @@ class PassManager:
         seed: of everything random.
         dump_dir: a folder for the graph after each pass, as readable text.
         progress: called as work goes on.
+
+    Raises:
+        UsageError: something is no pass, or `verify` none of these words.
+        PipelineError: the pipeline text is wrong.
     """
 
     def __init__(
@@ -108,6 +129,8 @@ class PassManager:
             if not isinstance(item, Pass):
                 name = getattr(item, "__name__", type(item).__name__)
                 raise UsageError(f"{name} is no pass", mend=f"give an instance, {name}(), or pipeline text")
+        if verify not in get_args(Verify):
+            raise UsageError(f"verify cannot be {verify!r}", mend=did_you_mean(str(verify), get_args(Verify)))
         self.calibration = calibration
         self.verify = verify
         self.verify_examples = verify_examples

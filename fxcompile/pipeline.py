@@ -41,7 +41,7 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 _FORM = "write name(option=value, ...), name, ..."
 
 
-def parse_pipeline(text: str, source: str = "--passes") -> list[Pass]:
+def parse_pipeline(text: str, source: str = "the pipeline") -> list[Pass]:
     """The passes that a pipeline text names, with their options checked.
 
     Args:

@@ -54,12 +54,12 @@ class Program:
         seconds: what it took to make the program, by stage.
     """
 
-    module: fx.GraphModule
-    examples: tuple[Tensor, ...]
+    module: fx.GraphModule = field(repr=False)
+    examples: tuple[Tensor, ...] = field(repr=False)
     inputs: tuple[InputSpec, ...]
     output_names: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
-    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def graph(self) -> fx.Graph:

@@ -53,6 +53,9 @@ def trace(
         if isinstance(model, ExportedProgram):
             program = _trace_exported(model, args, kwargs)
         else:
+            if not isinstance(model, nn.Module):
+                kind = f"class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__}"
+                raise TraceError(f"a {kind} is no model", mend="give an instance of nn.Module, or an ExportedProgram")
             program = _trace_module(unwrapped(model), args, kwargs)
     return replace(program, seconds=watch.seconds)
 
@@ -117,12 +120,21 @@ def _exported_call(exported: ExportedProgram) -> Callable[..., Any]:
 def normalise_examples(
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any], example_kwargs: Mapping[str, Any] | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and keyword arguments of the example call."""
+    """Arguments and keyword arguments of the example call.
+
+    Raises:
+        TraceError: they are neither a tensor nor a collection of arguments.
+    """
     kwargs = dict(example_kwargs or {})
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), kwargs
     if isinstance(example_inputs, Mapping):
         return (), {**example_inputs, **kwargs}
+    if not isinstance(example_inputs, Sequence) or isinstance(example_inputs, str):
+        raise TraceError(
+            f"example inputs cannot be a {type(example_inputs).__name__}",
+            mend="give a tensor, a tuple of positional arguments, or a dict of keyword arguments",
+        )
     return tuple(example_inputs), kwargs
 
 

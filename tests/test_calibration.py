@@ -346,6 +346,8 @@ def test_mean_and_deviation_go_with_images_only() -> None:
     checked(error, "--image-mean|folder of images")
 
 
+ALIKE = tuple(InputSpec(name, (1, 3, 8, 6), torch.float32, 0) for name in ("left", "right"))
+
 BAD_OBJECTS: dict[str, tuple[Callable[[], object], tuple[InputSpec, ...], str]] = {
     "nothing": (list, (IMAGE,), "no calibration batches"),
     "number": (lambda: 3, (IMAGE,), "int"),
@@ -356,6 +358,9 @@ BAD_OBJECTS: dict[str, tuple[Callable[[], object], tuple[InputSpec, ...], str]] 
     "empty tuples": (lambda: [()], (IMAGE,), "0 tensors"),
     "too few": (lambda: [(torch.zeros(1, 3, 8, 6),)], PAIR, "1 tensors|2 inputs"),
     "one tensor for two inputs": (lambda: torch.zeros(2, 3, 8, 6), PAIR, "'ids'"),
+    "one tensor for two alike": (lambda: torch.zeros(2, 3, 8, 6), ALIKE, "no array for input 'left'"),
+    "one name wrong of two alike": (lambda: {"lef": torch.zeros(2, 3, 8, 6)}, ALIKE, "no array for input 'left'"),
+    "batches of one for two alike": (lambda: [torch.zeros(1, 3, 8, 6)] * 3, ALIKE, "no array for input 'left'"),
     "batches of other shapes": (lambda: [torch.zeros(1, 3, 8, 6), torch.zeros(1, 3, 9, 9)], (IMAGE,), "3x9x9"),
     "wrong dict": (lambda: {"other": torch.zeros(1, 3, 9, 9)}, (IMAGE,), "1x3x9x9|Nx3x8x6"),
     "objects": (lambda: np.array([object()]), (IMAGE,), "object"),
@@ -370,6 +375,13 @@ def test_bad_objects_are_refused(case: str) -> None:
     with pytest.raises(CalibrationError) as error:
         as_calibration(make(), specs)
     checked(error, words)
+
+
+def test_of_two_alike_a_single_misspelt_name_is_no_question() -> None:
+    left, right = torch.rand(4, 3, 8, 6), torch.rand(4, 3, 8, 6)
+    given = as_calibration({"lef": left, "right": right}, ALIKE)
+    assert torch.equal(given.tensors["left"], left)
+    assert torch.equal(given.tensors["right"], right)
 
 
 def test_a_calibration_is_checked_against_other_inputs() -> None:

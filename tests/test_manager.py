@@ -312,6 +312,22 @@ def test_the_module_trains_without_touching_the_original(program: Program, net: 
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("change", ["step", "statistics"])
+def test_what_was_trained_is_not_written_as_it_was_before(program: Program, tmp_path: Path, change: str) -> None:
+    result = PassManager([EliminateIdentity()]).run(program)
+    module, file = result.module, tmp_path / "net.onnx"
+    result.save_onnx(file)
+    before = file.read_bytes()
+    if change == "step":
+        with torch.no_grad():
+            next(module.parameters()).mul_(1.01)
+    else:
+        module.train()(torch.randn(4, 3, 10, 10))
+    with pytest.raises(UsageError, match="trace it again"):
+        result.save_onnx(file)
+    assert file.read_bytes() == before
+
+
 def test_dump_dir_holds_the_graph_after_each_pass(program: Program, tmp_path) -> None:  # type: ignore[no-untyped-def]
     PassManager([FoldBatchNorm(), EliminateIdentity()], dump_dir=tmp_path / "dump").run(program)
     names = sorted(path.name for path in (tmp_path / "dump").iterdir())
@@ -331,6 +347,11 @@ def test_what_is_no_pass_and_no_program_is_refused_by_name() -> None:
         PassManager([FoldBatchNorm])  # type: ignore[list-item]
     with pytest.raises(UsageError, match=r"Linear is no program; trace the model first"):
         PassManager("").run(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_word_that_verify_does_not_know_is_refused() -> None:
+    with pytest.raises(UsageError, match="verify cannot be 'rolback'; did you mean 'rollback'"):
+        PassManager("", verify="rolback")  # type: ignore[arg-type]
 
 
 def test_the_error_of_a_pass_is_that_of_the_worst_output() -> None:

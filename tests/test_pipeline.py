@@ -149,7 +149,7 @@ def test_any_text_parses_or_is_refused_in_one_sentence(text: str) -> None:
     else:
         assert passes == []  # there is no pass of these letters
         return
-    assert str(refusal).startswith("--passes, ")
+    assert str(refusal).startswith("the pipeline, ")
     assert refusal.mend
 
 
@@ -289,7 +289,7 @@ REFUSED = {
 def test_refusals_name_place_problem_and_mend(text: str) -> None:
     with pytest.raises(PipelineError) as caught:
         parse_pipeline(text)
-    assert str(caught.value) == f"--passes, {REFUSED[text]}"
+    assert str(caught.value) == f"the pipeline, {REFUSED[text]}"
     assert caught.value.exit_code == 2
 
 

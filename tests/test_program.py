@@ -188,3 +188,10 @@ def test_nodes_keep_what_is_known_of_them_through_copies(program: Program) -> No
     for node in copy.deepcopy(program.module).graph.nodes:
         assert node.meta[FEATURE] == node.name
         assert len(node.meta[ORIGIN]) == 1
+
+
+def test_it_prints_on_one_line_without_its_tensors() -> None:
+    shown = repr(trace(nn.Conv2d(3, 4, 3), image()))
+    assert "\n" not in shown
+    assert "name='input', shape=(2, 3, 5, 5)" in shown
+    assert "tensor(" not in shown

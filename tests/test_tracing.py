@@ -289,3 +289,15 @@ def test_examples_come_as_a_tensor_a_sequence_a_mapping_or_both() -> None:
         assert [spec.name for spec in program.inputs] == ["x", "y"]
         assert form(program) == form(programs[0])
         assert_equal(program.examples, [x, y], 0)
+
+
+def test_what_is_no_model_and_no_example_is_refused_by_name() -> None:
+    for model, words in (
+        (torch.relu, "a builtin_function_or_method is no model"),
+        (nn.ReLU, "a class ReLU is no model"),
+    ):
+        with pytest.raises(TraceError, match=words):
+            trace(model, torch.zeros(1))  # type: ignore[arg-type]
+    for examples in (None, "x", 3):
+        with pytest.raises(TraceError, match=f"example inputs cannot be a {type(examples).__name__}; give a tensor"):
+            trace(nn.ReLU(), examples)  # type: ignore[arg-type]
