@@ -7,7 +7,10 @@ import types
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+from fxcompile.errors import UsageError, did_you_mean
 
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
@@ -18,6 +21,35 @@ _LIMITS = {
     "le": "of at most",
     "multiple_of": "that is a multiple of",
 }
+
+
+def refusal(kind: type[BaseModel], name: str, error: ValidationError) -> UsageError:
+    """What pydantic found wrong with a pass's options, as one sentence."""
+    found = error.errors()[0]
+    option = str(found["loc"][0]) if found["loc"] else ""
+    if not option:
+        return UsageError(f"pass '{name}': {said(found['msg'])}", mend=f"see fxcompile passes {name}")
+    if option not in kind.model_fields:
+        return UsageError(f"pass '{name}' has no option '{option}'", mend=did_you_mean(option, kind.model_fields))
+    info = kind.model_fields[option]
+    if found["type"] == "missing":
+        return UsageError(f"pass '{name}' needs option '{option}'", mend=f"give {wanted(info)}")
+    why = f" ({said(found['msg'])})" if found["type"] in OWN else ""
+    return UsageError(f"option '{option}' of pass '{name}' cannot be {found['input']!r}{why}", mend=advice(info))
+
+
+OWN = ("value_error", "assertion_error")
+"""Kinds of refusal that a pass's own validator gives, in words of its own."""
+
+
+def said(message: str) -> str:
+    """A validator's words, without what pydantic puts in front of them."""
+    return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+
+
+def advice(info: FieldInfo) -> str:
+    """What to give for an option, and what it is."""
+    return f"give {wanted(info)}{f': {info.description}' if info.description else ''}"
 
 
 def wanted(info: FieldInfo) -> str:

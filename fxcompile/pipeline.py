@@ -21,8 +21,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fxcompile.errors import PipelineError, did_you_mean
-from fxcompile.options import wanted
+from fxcompile.errors import PipelineError, UsageError, did_you_mean
+from fxcompile.options import OWN, advice, said, wanted
 from fxcompile.registry import find_pass
 from fxcompile.rewriting import Pass
 
@@ -243,9 +243,12 @@ class _Parser:
         while True:
             try:
                 made = kind(**{option: values[0] for option, values in readings.items()})
-            except ValidationError as error:
-                first = first or error
-                wrong = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
+            except UsageError as refused:
+                found = refused.__cause__
+                if not isinstance(found, ValidationError):
+                    raise
+                first = first or found
+                wrong = {str(item["loc"][0]) for item in found.errors() if item["loc"]}
                 if not wrong or any(len(readings.get(option, ())) < 2 for option in wrong):
                     raise self.refusal(kind, first, name, options) from None
                 for option in wrong:
@@ -262,19 +265,13 @@ class _Parser:
         """What pydantic found, as a sentence."""
         found = error.errors()[0]
         option = str(found["loc"][0]) if found["loc"] else ""
-        message = found["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        message = said(found["msg"])
         if option not in options:
             problem = f"pass '{name.text}' needs option '{option}'" if option else f"pass '{name.text}': {message}"
             mend = f"give {wanted(kind.model_fields[option])}" if option else f"see fxcompile passes {name.text}"
             return self.error(problem, name.start, mend)
-        own = found["type"] in ("value_error", "assertion_error")
-        return self.misfit(kind, option, options[option], f" ({message})" if own else "")
+        return self.misfit(kind, option, options[option], f" ({message})" if found["type"] in OWN else "")
 
     def misfit(self, kind: type[Pass], option: str, value: _Value, why: str = "") -> PipelineError:
-        info = kind.model_fields[option]
-        detail = f": {info.description}" if info.description else ""
-        return self.error(
-            f"option '{option}' of pass '{kind.name}' cannot be {format_value(value.readings[0])}{why}",
-            value.start,
-            f"give {wanted(info)}{detail}",
-        )
+        problem = f"option '{option}' of pass '{kind.name}' cannot be {format_value(value.readings[0])}{why}"
+        return self.error(problem, value.start, advice(kind.model_fields[option]))

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Contract
 from fxcompile.fitting import LayerStats, collect, row_count
 from fxcompile.labels import node_name
 from fxcompile.layers import as_double, converted
+from fxcompile.options import refusal
 from fxcompile.program import Program, shape_of
 
 Pairs = tuple[tuple[Tensor, Tensor], ...]
@@ -126,6 +127,13 @@ class Pass(BaseModel):
     skip: tuple[str, ...] = Field((), description="globs of layer names to leave as they are")
     max_error: float | None = Field(None, ge=0, description="largest relative output error that a site may cost")
     min_saving: float | None = Field(None, le=1, description="smallest share of its MACs that a site must save")
+
+    def __init__(self, **options: Any) -> None:
+        """Raises UsageError: there is no such option, or it cannot have that value."""
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise refusal(type(self), type(self).name, error) from error
 
     @field_validator("only", "skip", mode="before")
     @classmethod

@@ -10,12 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import hypothesis.strategies as st
 import pytest
+from fxcompile.passes import StackKernels
 from hypothesis import example, given, settings
 from pydantic import Field, field_validator, model_validator
 
 import fxcompile.registry
 from fxcompile.contracts import Exact
-from fxcompile.errors import PipelineError
+from fxcompile.errors import PipelineError, UsageError
 from fxcompile.options import described, wanted
 from fxcompile.pipeline import format_pipeline, format_value, parse_pipeline
 from fxcompile.program import Program
@@ -340,3 +341,16 @@ def test_limits_in_words() -> None:
 
     assert wanted(Limited.model_fields["both"]) == "a number above 0 and of at most 1"
     assert wanted(Limited.model_fields["max_error"]) == "a number of at least 0, or none"
+
+
+def test_in_python_a_wrong_option_is_refused_in_the_same_words() -> None:
+    for options, words in (
+        ({"rnk": 0.5}, "pass 'stack-kernels' has no option 'rnk'; did you mean 'rank'?"),
+        ({"rank": "half"}, "option 'rank' of pass 'stack-kernels' cannot be 'half'; give "),
+        ({"max_error": -1}, "option 'max_error' of pass 'stack-kernels' cannot be -1; give a number of at least 0, or"),
+        ({"kernel": 6}, "option 'kernel' of pass 'stack-kernels' cannot be 6 (3x3 kernels compose"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            StackKernels(**options)  # type: ignore[arg-type]
+        assert str(refused.value).startswith(words)
+        assert "\n" not in str(refused.value)

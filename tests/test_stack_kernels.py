@@ -14,13 +14,12 @@ from fxcompile.passes._stacking import stage_kernels
 from helpers import Net, printed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from test_stacking import brute_force, naive_compose, output_error, random_stages, smooth
 from torch import Tensor, nn
 
 from fxcompile import layer_stats
 from fxcompile.contracts import Approximate, Trained
-from fxcompile.errors import PipelineError
+from fxcompile.errors import PipelineError, UsageError
 from fxcompile.manager import PassManager, Result
 from fxcompile.pipeline import parse_pipeline
 from fxcompile.rewriting import Site, Skip
@@ -298,7 +297,7 @@ def test_the_option_kernel_picks_by_the_largest_side() -> None:
     assert found == ["1", "2"]
     assert StackKernels(kernel=9).kernel == 9
     for even in (6, 8):
-        with pytest.raises(ValidationError, match="odd sizes"):
+        with pytest.raises(UsageError, match="odd sizes"):
             StackKernels(kernel=even)
     with pytest.raises(PipelineError, match=r"'kernel' of pass 'stack-kernels' cannot be 6 \(3x3 kernels compose"):
         parse_pipeline("stack-kernels(kernel=6)")

@@ -8,7 +8,6 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from fxcompile.contracts import Exact
@@ -36,7 +35,7 @@ def with_option(pass_: Pass, name: str, value: object) -> Pass | None:
     """The pass with another value for one option, or None where it refuses that."""
     try:
         return type(pass_)(**{**pass_.options(), name: value})
-    except (ValidationError, FxcompileError):
+    except FxcompileError:
         return None
 
 
