@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from typing import Any
 
@@ -38,6 +39,8 @@ class _Flat(nn.Module):
 
 
 _NAME = "fxcompile.node"
+_FIXED = re.compile(r"Constraints violated \(L\['inputs'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+"""How torch.export names the first input, and its axis, whose size turned out to be a constant."""
 
 
 def drop_zero_biases(model: ir.Model) -> None:
@@ -122,7 +125,7 @@ def export(program: Program, opset: int | None) -> Any:
     """The program as an `onnx_ir` model, each node naming the program's node that it comes from.
 
     Raises:
-        EmitError: an operation has no ONNX form.
+        EmitError: an operation has no ONNX form, or an axis that is to be free cannot be.
     """
     module = program.snapshot().module
     give_attention_four_axes(module)
@@ -152,6 +155,12 @@ def export(program: Program, opset: int | None) -> Any:
                 optimize=False,
             )  # fmt: skip
         except Exception as error:
+            fixed = _FIXED.search(str(error))
+            if fixed is not None:
+                raise EmitError(
+                    f"the network takes no other size along axis {fixed[2]} of input '{names[int(fixed[1])]}'",
+                    mend="leave that axis out of --dynamic",
+                ) from error
             raise EmitError(
                 f"torch.onnx cannot export the network: {reason_of(error)}",
                 mend="replace that operation, or pass --dynamic none if it is about a size",

@@ -188,7 +188,7 @@ def load_weights(module: nn.Module, state: dict[str, Any], place: str) -> None:
         raise ReadError(
             f"the state dict does not fit the architecture ({'; '.join(problems)})",
             place=place,
-            mend="name the factory that made it with --model",
+            mend="let --model name the architecture that it was saved from",
         )
     present = {key: value for key, value in wanted.items() if key not in state}
     has_no_values = any(isinstance(value, Tensor) and value.is_meta for value in wanted.values())

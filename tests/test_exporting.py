@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from forms import Written, exported
 from torch import Tensor, nn
 
+from fxcompile.errors import EmitError
 from fxcompile.manager import PassManager
 from fxcompile.tracing import trace
 
@@ -111,3 +112,11 @@ def test_a_convolution_without_bias_has_none_in_the_file(layer: nn.Module, tmp_p
 )
 def test_a_pool_with_a_divisor_of_its_own_keeps_it(pool: nn.Module, tmp_path: Path) -> None:
     assert_emitted(pool, drawn(2, 3, *[6] * (3 if isinstance(pool, nn.AvgPool3d) else 2)), tmp_path / "pool.onnx")
+
+
+@pytest.mark.parametrize(("axes", "axis"), [((0, 1), 1), ((2, 3), 3)])
+def test_an_axis_that_the_network_fixes_is_named(tmp_path: Path, axes: tuple[int, ...], axis: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, (3, 1)), nn.Linear(6, 5)).eval()
+    result = PassManager("").run(trace(model, drawn(1, 3, 8, 6)))
+    with pytest.raises(EmitError, match=f"takes no other size along axis {axis} of input 'input'; leave that axis out"):
+        result.save_onnx(tmp_path / "model.onnx", dynamic={"input": axes})
