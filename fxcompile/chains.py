@@ -47,30 +47,33 @@ def statistics_behind(stats: LayerStats, layer: nn.Module, chain: Sequence[Any])
 
 
 def splits_patches(layer: Any, chain: Sequence[Any]) -> bool:
-    """Whether each output of the chain sees one patch of `layer`, linearly: no bias before the last layer, the stride
-    on the last, the padding on the first or, on an axis along which nothing was mixed before, on a later one.
+    """Whether each output of the chain sees one patch of `layer`, linearly: no bias before the last layer, and along
+    each axis the padding on a layer before which nothing was mixed, the stride on one after which nothing is.
     """
     if not all(type(item) is type(layer) and isinstance(item, CONVOLUTIONS) for item in chain):
         return False
     if any(item.groups != layer.groups or item.dilation != layer.dilation for item in chain):
         return False
-    if any(item.bias is not None or max(item.stride) > 1 for item in chain[:-1]) or chain[-1].stride != layer.stride:
+    if any(item.bias is not None for item in chain[:-1]):
         return False
-    for axis, size in enumerate(layer.kernel_size):
-        if size - 1 != sum(item.kernel_size[axis] - 1 for item in chain):
-            return False
-        padded = [item for item in chain if any(padding_amounts(item)[axis])]
-        if any(padding_amounts(item)[axis] != padding_amounts(layer)[axis] for item in padded):
-            return False
-        if not padded:
-            if any(padding_amounts(layer)[axis]):
-                return False
-            continue
-        before = chain[: chain.index(padded[0])]
-        modes = {padded[0].padding_mode, layer.padding_mode}
-        if len(padded) > 1 or len(modes) > 1 or any(item.kernel_size[axis] > 1 for item in before):
-            return False
-    return True
+    return all(_splits_axis(layer, chain, axis) for axis in range(len(layer.kernel_size)))
+
+
+def _splits_axis(layer: Any, chain: Sequence[Any], axis: int) -> bool:
+    wanted = padding_amounts(layer)[axis]
+    mixing = [at for at, item in enumerate(chain) if item.kernel_size[axis] > 1]
+    padded = [at for at, item in enumerate(chain) if any(padding_amounts(item)[axis])]
+    strided = [at for at, item in enumerate(chain) if item.stride[axis] > 1]
+    if layer.kernel_size[axis] - 1 != sum(item.kernel_size[axis] - 1 for item in chain):
+        return False
+    if [padding_amounts(chain[at])[axis] for at in padded] != ([wanted] if any(wanted) else []):
+        return False
+    if [chain[at].stride[axis] for at in strided] != ([layer.stride[axis]] if layer.stride[axis] > 1 else []):
+        return False
+    if any(chain[at].padding_mode != layer.padding_mode for at in padded):
+        return False
+    first, last = min(mixing, default=len(chain)), max(mixing, default=-1)
+    return all(at <= min([first, *strided]) for at in padded) and all(at >= last for at in strided)
 
 
 def patch_map(chain: Sequence[Any]) -> Tensor:

@@ -235,18 +235,21 @@ class LayerStats:
         The square is (centred energy - W·C) + W·(S Wᵀ - C) + rows |W mean_in + b - mean_out|²: near a solution the
         middle term vanishes by itself. What remains cancels once, so errors below 1e-7 read as some value below 1e-7.
         """
+        error = math.sqrt(self.squared_errors(weight, bias).sum().item())
+        size = math.sqrt((self.centred().energy + self.rows * self.mean_out.square()).sum().item())
+        if size == 0:
+            return 0.0 if error == 0 else math.inf
+        return error / size
+
+    def squared_errors(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[O]: the sum over rows of (W x + b - y)² for each output, as in `relative_error`."""
         self.require_outputs()
         gram, cross, energy = self.centred()
         w = grouped(weight, self, self.outputs)
         drift = mean_output(w, bias, self) - self.mean_out
         fit = (w.mT * (gram @ w.mT - cross)).sum(1).flatten()
         rest = energy - (w.mT * cross).sum(1).flatten()
-        squares = (fit + rest).clamp(min=0) + self.rows * drift.square()
-        error = math.sqrt(squares.sum().item())
-        size = math.sqrt((energy + self.rows * self.mean_out.square()).sum().item())
-        if size == 0:
-            return 0.0 if error == 0 else math.inf
-        return error / size
+        return (fit + rest).clamp(min=0) + self.rows * drift.square()
 
     def with_outputs_of(self, weight: Tensor, bias: Tensor | None) -> LayerStats:
         """These inputs, towards the outputs W x + b of given weights: from the moments alone, no data needed."""
@@ -281,11 +284,23 @@ class LayerStats:
         order = owner.argsort(stable=True)
         local = (chosen % each)[order].view(len(kept), -1, 1)
         features = (local * taps + torch.arange(taps)).flatten(1)  # [kept groups, F']
+        return self._select(features, kept, len(chosen))
+
+    def select_features(self, features: Sequence[int] | Tensor) -> LayerStats:
+        """The statistics of a layer that is given only these numbers of each patch, the same in every group.
+
+        That is no convolution's any more: its `channels` are these numbers, of all groups.
+        """
+        chosen = torch.as_tensor(features, dtype=torch.long).flatten()
+        return self._select(chosen.expand(self.groups, -1), torch.arange(self.groups), len(chosen) * self.groups)
+
+    def _select(self, features: Tensor, kept: Tensor, channels: int) -> LayerStats:
+        """Of these groups the features [kept groups, F']."""
         gram, cross, energy = self.centred()
         rows = kept.unsqueeze(1)
         return dataclasses.replace(
             self,
-            channels=len(chosen),
+            channels=channels,
             mean_in=self.mean_in[rows, features],
             mean_out=self.mean_out.view(self.groups, -1)[kept].flatten(),
             _scatter=gram[rows.unsqueeze(2), features.unsqueeze(2), features.unsqueeze(1)],

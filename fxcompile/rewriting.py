@@ -153,6 +153,13 @@ class Pass(BaseModel):
         """What takes the site's place, from the weights of `site.layers` and, if there are any, `site.pairs`."""
         raise NotImplementedError
 
+    def candidates(self, site: Site) -> Iterator[Replacement]:
+        """What may take the site's place, of about the same cost: the one that is nearest on held-out data does.
+
+        Only passes that are not exact are asked; by default there is one, that of `rewrite`.
+        """
+        yield self.rewrite(site)
+
     def selects(self, name: str) -> bool:
         """Whether `only` and `skip` let the pass touch the layer."""
         if self.only and not any(fnmatch.fnmatchcase(name, glob) for glob in self.only):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fxcompile.calibration import Calibration
 from fxcompile.contracts import Exact, Trained, tolerance
-from fxcompile.cost import nodes_cost, program_cost, samples
+from fxcompile.cost import Cost, nodes_cost, program_cost, samples
 from fxcompile.distance import Distance
 from fxcompile.errors import ContractError, FitError, RewriteError, did_you_mean
 from fxcompile.footprint import enough_pixels
@@ -28,7 +29,7 @@ from fxcompile.regions import region_inputs, run_region, run_replacement
 from fxcompile.report import PassReport, Report, SiteReport
 from fxcompile.rewriting import Pass, Replacement, Site, Skip
 from fxcompile.sitedata import SiteData, full_batches, synthetic_batch
-from fxcompile.splice import Splicer, finish, fragment_of
+from fxcompile.splice import Fragment, Splicer, finish, fragment_of
 from fxcompile.timing import Stopwatch
 from fxcompile.verification import Broken, Case, Inputs, Seen, cases, compare, compare_noisy, draw, most_samples, search
 
@@ -159,21 +160,27 @@ class Run:
         known = self.known.get(key)
         if data is not None and known is None:
             site = site.with_pairs(data.fit_pairs(site))
-        replacement = pass_.rewrite(site) if known is None else known[0]
         batch = samples(self.program)
         report.before = nodes_cost(self.program.module, site.nodes, batch)
-        fragment = fragment_of(site, replacement)
-        report.after = nodes_cost(fragment.root, fragment.nodes, batch)
-        saving = 1 - report.after.macs / report.before.macs if report.before.macs else 0.0
-        if pass_.min_saving is not None and saving < pass_.min_saving:
-            report.reason = f"it would save {saving:.0%} of its MACs, below min_saving={pass_.min_saving:g}"
+        fits: list[Fitted] = []
+        for choice in _choices(pass_, site, data) if known is None else [known[0]]:
+            report.after = _cost(fragment_of(site, choice), batch)
+            saving = 1 - report.after.macs / report.before.macs if report.before.macs else 0.0
+            if pass_.min_saving is not None and saving < pass_.min_saving:
+                report.reason = f"it would save {saving:.0%} of its MACs, below min_saving={pass_.min_saving:g}"
+            elif known is not None:
+                fits.append(known)
+            else:
+                fits.append(data.fit(site, choice) if data is not None else (choice, None))
+        if not fits:
             return
+        replacement, report.error = min(fits, key=_distance)
+        fragment = fragment_of(site, replacement)
+        report.after, report.reason = _cost(fragment, batch), ""
         if data is not None:
-            replacement, report.error = data.fit(site, replacement) if known is None else known
             if pass_.max_error is not None and report.error is not None and report.error > pass_.max_error:
                 report.reason = f"its error {report.error:.3g} is above max_error={pass_.max_error:g}"
                 return
-            fragment = fragment_of(site, replacement)
         elif self.examples and known is None:
             with self.watch.stage("verification"):
                 report.reason = self._check_exact(pass_, site, local)
@@ -355,6 +362,20 @@ class Run:
 
 class _RolledBack(Exception):
     """A site broke the contract and the user chose to go on without it."""
+
+
+def _choices(pass_: Pass, site: Site, data: SiteData | None) -> Iterator[Replacement]:
+    """What may take a site's place: where no data tell what is nearer, one."""
+    return iter([pass_.rewrite(site)]) if data is None else pass_.candidates(site)
+
+
+def _cost(fragment: Fragment, batch: int) -> Cost:
+    return nodes_cost(fragment.root, fragment.nodes, batch)
+
+
+def _distance(fit: Fitted) -> float:
+    """The error of a fit, to choose by: what is not a number is the worst."""
+    return math.inf if fit[1] is None or math.isnan(fit[1]) else fit[1]
 
 
 def map_size(site: Site, replacement: Replacement) -> tuple[int, ...]:

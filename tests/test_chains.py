@@ -37,15 +37,14 @@ def splits(draw: st.DrawFn) -> tuple[Any, list[Any], Tensor, Tensor]:
     padding = [draw(st.integers(0, 2)) for _ in range(dims)]
     channels = [groups * draw(st.integers(1, 3)) for _ in range(len(kernels) + 1)]
     whole = [1 + sum(k[axis] - 1 for k in kernels) for axis in range(dims)]
-    # An axis may be padded as late as the first layer that mixes along it.
-    turns = [
-        draw(st.integers(0, next((at for at, k in enumerate(kernels) if k[axis] > 1), len(kernels) - 1)))
-        for axis in range(dims)
-    ]
+    # An axis may be padded as late as the first layer that mixes along it, and have its stride as early as the last.
+    mixing = [[at for at, k in enumerate(kernels) if k[axis] > 1] for axis in range(dims)]
+    turns = [draw(st.integers(0, min(at, default=len(kernels) - 1))) for at in mixing]
+    strided = [draw(st.integers(max([turn, *at]), len(kernels) - 1)) for turn, at in zip(turns, mixing, strict=True)]
     chain = [
         conv(
-            channels[at], channels[at + 1], kernel, stride=stride if at == len(kernels) - 1 else 1, dilation=dilation,
-            groups=groups, bias=at == len(kernels) - 1, padding_mode=mode,
+            channels[at], channels[at + 1], kernel, stride=tuple(stride if item == at else 1 for item in strided),
+            dilation=dilation, groups=groups, bias=at == len(kernels) - 1, padding_mode=mode,
             padding=tuple(p if turn == at else 0 for p, turn in zip(padding, turns, strict=True)),
         )
         for at, kernel in enumerate(kernels)
@@ -103,6 +102,9 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "another padding mode": ({"padding_mode": "circular"}, {}),
     "stride on the first layer": ({"stride": 2}, {"stride": 1}),
     "no stride": ({}, {"stride": 1}),
+    "another stride": ({}, {"stride": 3}),
+    "stride on both layers": ({"stride": 2}, {}),
+    "stride on one axis of the first layer": ({"stride": (1, 2)}, {"stride": (2, 1)}),
     "dilation on one layer": ({"dilation": 2}, {}),
     "bias between": ({"bias": True}, {}),
     "a smaller kernel": ({}, {"kernel_size": 1}),
@@ -118,6 +120,16 @@ def test_what_is_no_linear_map_of_patches_is_not_taken_for_one(case: str) -> Non
     changed = [nn.Conv2d(4, 4, **{**options, **change}) for options, change in zip(right, WRONG[case], strict=True)]
     assert not splits_patches(layer, changed)
     assert statistics_behind(LayerStats.of(layer), layer, changed) is None
+
+
+def test_padding_behind_a_stride_is_not_that_of_the_layer() -> None:
+    """Though nothing is mixed along the axis: a row of zeros at the border is none of those between."""
+    layer = nn.Conv2d(4, 4, (1, 3), stride=(2, 1), padding=(2, 1))
+    first, last = nn.Conv2d(4, 4, (1, 3), padding=(0, 1), bias=False), nn.Conv2d(4, 4, 1)
+    first.stride, last.padding = (2, 1), (2, 0)
+    assert not splits_patches(layer, [first, last])
+    first.padding, last.padding = (2, 1), (0, 0)
+    assert splits_patches(layer, [first, last])
 
 
 def test_other_layers_between_are_not_linear() -> None:

@@ -159,6 +159,30 @@ def test_a_group_without_inputs_takes_its_outputs_along() -> None:
     assert same_moments(stats.select_inputs([1, 3]), narrow)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_selecting_numbers_of_each_patch_is_solving_with_the_others_at_zero(groups: int) -> None:
+    """The middle row of a kernel: what a layer sees that has nothing else."""
+    layer, x, y = conv_case(groups)
+    stats, row = LayerStats.of(layer), LayerStats.of(nn.Conv2d(4, 6, (1, 3), (2, 1), (0, 1), groups=groups))
+    stats.update(x, y)
+    row.update(x, y)
+    taps = torch.zeros(4 // groups, 3, 3, dtype=torch.bool)
+    taps[:, 1] = True
+    selected = stats.select_features(taps.flatten().nonzero())
+    assert same_moments(selected, row)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_squared_errors_are_those_of_each_output(groups: int) -> None:
+    layer, x, _ = conv_case(groups)
+    y = layer(x).detach()
+    wanted = y + torch.arange(6.0).view(1, 6, 1, 1) * noise(*y.shape)
+    stats = LayerStats.of(layer)
+    stats.update(x, wanted)
+    found = stats.squared_errors(weight_matrix(layer), layer.bias)
+    assert close(found, (y - wanted).square().sum((0, 2, 3)), 1e-10)
+
+
 @pytest.mark.parametrize("channels", [[], [0, 0], [4], [-1], [0, 1, 2]])
 def test_inputs_that_cannot_be_selected_are_refused(channels: list[int]) -> None:
     with pytest.raises(FitError, match="input channel"):

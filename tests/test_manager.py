@@ -86,6 +86,40 @@ class Lossy(Scale):
     contract: ClassVar = Approximate()
 
 
+class Choosing(Lossy):
+    """Three candidates, of which the second is the nearest, and the third saves more than the others."""
+
+    name: ClassVar = "choosing"
+
+    def candidates(self, site: Site) -> Iterator[Replacement]:
+        yield [scaled(site.layer, 1.5)]
+        yield [scaled(site.layer, 1.01)]
+        yield [thinned(site.layer)]
+
+
+def thinned(layer: nn.Conv2d) -> nn.Module:
+    """The middle tap alone."""
+    kernel = nn.Conv2d(layer.in_channels, layer.out_channels, 1).requires_grad_(False)
+    kernel.weight.copy_(layer.weight[:, :, 1:2, 1:2])
+    return kernel
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_of_the_candidates_the_nearest_is_taken(program: Program, calibrated: bool) -> None:
+    data = torch.randn(32, 3, 10, 10, generator=torch.Generator().manual_seed(1)) if calibrated else None
+    (skipped, site) = PassManager([Choosing()], calibration=data).run(program).record.passes[0].sites
+    assert (skipped.outcome, site.outcome) == ("left", "kept")
+    assert site.error < 0.011
+    assert site.after.macs == site.before.macs
+
+
+def test_candidates_that_save_too_little_are_none(program: Program) -> None:
+    (_, site) = PassManager([Choosing(min_saving=0.5)]).run(program).record.passes[0].sites
+    assert (site.outcome, site.reason, site.after.macs) == ("kept", "", site.before.macs // 9)
+    (_, site) = PassManager([Choosing(min_saving=0.95)]).run(program).record.passes[0].sites
+    assert (site.outcome, site.reason) == ("left", "it would save 89% of its MACs, below min_saving=0.95")
+
+
 def test_exact_passes_keep_the_function(program: Program, net: Net) -> None:
     result = PassManager([FoldBatchNorm(), EliminateIdentity()]).run(program)
     x = torch.randn(5, 3, 10, 10)
