@@ -2,6 +2,7 @@
 
 from .eliminate_identity import EliminateIdentity
 from .fold_batchnorm import FoldBatchNorm
+from .split_kernels import SplitKernels
 from .stack_kernels import StackKernels
 
-__all__ = ["EliminateIdentity", "FoldBatchNorm", "StackKernels"]
+__all__ = ["EliminateIdentity", "FoldBatchNorm", "SplitKernels", "StackKernels"]

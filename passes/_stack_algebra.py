@@ -153,18 +153,6 @@ def squares(stages: Sequence[Tensor]) -> Tensor:
     return total.sum(1)
 
 
-def relu_shift(minimum: Tensor, following: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Shift [M] of the channels before a ReLU, and correction [O] of the bias after it, that together change nothing.
-
-    `minimum` [M] is the least response over calibration data, so with t = max(0, -minimum) the ReLU is the identity
-    there. The stage after it, `following` [O, M/g, *k], has no padding, turns the constant t into a constant, and gets
-    -sum_{m, u} B[., m, u] t_m.
-    """
-    shift = (-minimum.detach().double()).clamp_min(0)
-    sums = split(following, groups).flatten(3).sum(3)
-    return shift, -(sums @ shift.reshape(groups, -1, 1)).flatten()
-
-
 def corner_stack(weight: Tensor, groups: int = 1) -> list[Tensor]:
     """An exact stack, by construction and without rounding: the taps of W are shared out among shifted copies.
 

@@ -17,7 +17,8 @@ from torch import Tensor, linalg
 
 from fxcompile.layers import is_finite
 
-from ._stack_algebra import cut, split, squares, stage_kernels
+from ._ranks import energy_rank, rounded_up
+from ._stack_algebra import cut, exact_width, split, squares, stage_kernels
 
 AMPLIFICATION_LIMIT = 4.0
 """How far a stack may multiply independent relative errors of its weights; above it the fit is regularised more."""
@@ -56,6 +57,25 @@ def stack(
         stages = _fit(target, shape, kernels, generator, sweeps, limit, groups)
     scale = norm.pow(1 / len(stages))
     return [(x * _like(scale, x)).flatten(0, 1) for x in stages]
+
+
+def energy_widths(weight: Tensor, energy: float, groups: int = 1, round_to: int = 1, sweeps: int = 12) -> list[int]:
+    """The fewest channels between the stages of `stack` that keep this share of the squared norm of W in every group.
+
+    A chain of M channels has rank M at each frequency, so what the leading M singular values of W^ leave out there is
+    lost (Eckart and Young): with fewer channels than these need none is tried. The rest is bisection, up to
+    `exact_width`. Rounded up to a multiple of `round_to`.
+    """
+    target, most = split(weight, groups), exact_width(weight.shape, groups)
+    squared = target.flatten(1).square().sum(1)
+    values = linalg.svdvals(torch.fft.fftn(target, dim=tuple(range(3, target.dim()))).flatten(3).movedim(3, 1))
+    low, high = energy_rank(values.square().sum(1).sqrt(), energy), most[0] // groups
+    while low < high:
+        middle = (low + high) // 2
+        stages = stack(weight, [middle * groups] * len(most), groups, sweeps=sweeps)
+        lost = _error(target, [split(x, groups) for x in stages])
+        low, high = (low, middle) if bool((lost <= (1 - energy) * squared).all()) else (middle + 1, high)
+    return [rounded_up(low, groups, round_to) * groups] * len(most)
 
 
 def _best_of(

@@ -32,14 +32,15 @@ def refine(
     groups: int = 1,
     ridge: float = 1e-2,
     steps: int | None = None,
+    starts: int | None = None,
 ) -> list[Tensor]:
     """Stages [M_i, M_{i-1}/g, *k_i] with a smaller tr(E S' E^T) in each group, or as they were.
 
     `gram` is S [g, F, F] (or [F, F] for one group) with F = C/g * |k| in the order of `weight.flatten(1)` and of
     `unfold`; uncentred, or centred if the caller then moves the mean error into the bias. S' = S + ridge mean(diag S) I
     holds the stack near the dense weight where the data say little. With few channels it also starts at random, up to
-    seven times, for there are more local minima. Time grows as steps * O * F^2: `steps` is by default what a fixed
-    amount of arithmetic allows, between 12 and 120. Meant for F up to 4096.
+    seven times, for there are more local minima; `starts` is how often in all. Time grows as steps * O * F^2: `steps`
+    is by default what a fixed amount of arithmetic allows, between 12 and 120. Meant for F up to 4608.
     """
     target = split(weight, groups)
     moments = gram.detach().double().reshape(groups, target[0, 0].numel(), -1).clone()
@@ -50,7 +51,8 @@ def refine(
     problem = _Problem(target, moments)
     steps = steps or min(max(int(_FLOPS / (2.0 * target.numel() * moments.shape[2])), _STEPS[0]), _STEPS[1])
     found = given = [split(x, groups) for x in stages]
-    starts, generator = min(_STARTS // (target.shape[1] * target.shape[2]), 8), torch.Generator().manual_seed(0)
+    starts = starts or min(_STARTS // (target.shape[1] * target.shape[2]), 8)
+    generator = torch.Generator().manual_seed(0)
     if starts > 1:
         trial = min(steps, _TRIAL)
         found, steps = problem.lowered(given, trial), steps - trial
@@ -88,7 +90,7 @@ class _Problem:
         for done in range(0, steps, _ROUND):
             before = self.objective(found)[0].sum()
             moved = balance(found)
-            moved[-1] = _best_last(moved, self.target, self.moments)
+            moved[-1] = best_last(moved, self.target, self.moments)
             coordinates = _coordinates(moved, self.moments, self.grid)
             found = self.better(_descend(moved, coordinates, self.objective, min(steps - done, _ROUND)), found)
             if bool(self.objective(found)[0].sum() > _ENOUGH * before):
@@ -125,7 +127,7 @@ def _descend(
     return [_leave(y.detach(), c) for y, c in zip(free, coordinates, strict=True)]
 
 
-def _best_last(stages: list[Tensor], target: Tensor, moments: Tensor) -> Tensor:
+def best_last(stages: list[Tensor], target: Tensor, moments: Tensor) -> Tensor:
     """The last stage that is best given the others: X (D S D^T) = W S D^T, with D the design of the others."""
     last = stages[-1]
     design = _design(_prefix(stages, len(stages) - 1, target.shape[3:]), last.shape[3:])

@@ -5,22 +5,21 @@ from ._stack_algebra import (
     compose,
     corner_stack,
     exact_width,
-    relu_shift,
     stack_macs,
     stage_kernels,
     stage_maps,
     widths_for,
 )
-from ._stack_fitting import stack
+from ._stack_fitting import energy_widths, stack
 from ._stack_refining import refine
 
 __all__ = [
     "amplification",
     "compose",
     "corner_stack",
+    "energy_widths",
     "exact_width",
     "refine",
-    "relu_shift",
     "stack",
     "stack_macs",
     "stage_kernels",

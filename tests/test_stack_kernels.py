@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fxcompile.passes import StackKernels
-from fxcompile.passes._stacking import stage_kernels
+from fxcompile.passes._stacking import stack, stage_kernels
 from helpers import Net, printed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -262,6 +262,38 @@ def test_channels_are_rounded_down(options: dict[str, Any], groups: int, width: 
     assert isinstance(site, Site)
     assert StackKernels(**options).widths(site) == [width]
     assert StackKernels(**options).rewrite(site)[0].out_channels == width
+
+
+@pytest.mark.parametrize("kernel", [(5, 5), (7, 7), (7, 5)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_energy_gives_the_fewest_channels_that_keep_it(kernel: tuple[int, ...], groups: int) -> None:
+    """In every group, by alternating least squares as it is done here: with one channel less they do not."""
+    layer = conv(3 * groups, 3 * groups, *kernel, padding=2, groups=groups)
+    weight, x = layer.weight.detach(), randn(2, 3 * groups, 12, 12)
+    made = convolutions(compiled(layer, StackKernels(energy=0.7, min_saving=None), x))
+    widths = [stage.out_channels for stage in made[:-1]]
+    assert len(made) == max(kernel) // 2
+    assert len(set(widths)) == 1
+
+    def kept(less: int) -> float:
+        composed = naive_compose(stack(weight, [width - less for width in widths], groups, sweeps=12), groups)
+        lost = (composed - weight).square().unflatten(0, (groups, -1)).flatten(1).sum(1)
+        return 1 - float((lost / weight.square().unflatten(0, (groups, -1)).flatten(1).sum(1)).max())
+
+    assert kept(0) >= 0.7 > kept(groups)
+    rounded = StackKernels(energy=0.7, round_to=8, min_saving=None)
+    (site,) = rounded.sites(trace(layer, x))
+    assert isinstance(site, Site)
+    assert rounded.widths(site)[0] == -(-widths[0] // 8) * 8
+
+
+def test_seven_by_seven_is_three_layers_and_data_make_them_better() -> None:
+    layer, x, unseen = conv(8, 8, 7, 7, padding=3), images(60, 8, 12, 12), images(40, 8, 12, 12, seed=50)
+    results = [compiled(layer, StackKernels(rank=0.5), x, data) for data in (None, x)]
+    errors = [error_of(result.module(unseen), layer(unseen)) for result in results]
+    assert [[inner.kernel_size for inner in convolutions(result)] for result in results] == [[(3, 3)] * 3] * 2
+    assert all(only_site(result).after.macs <= 0.5 * only_site(result).before.macs for result in results)
+    assert errors[1] < 0.8 * errors[0]
 
 
 LEFT: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -538,7 +570,7 @@ def test_a_relu_changes_nothing_on_the_calibrated_range(
     site = Site.of(program := trace(layer, x[:2]), next(iter(program.layers(*KINDS.values())))[0])
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("fxcompile.passes.stack_kernels.stack", any_stack)
-        patch.setattr("fxcompile.passes.stack_kernels.refine", lambda stages, *others: stages)
+        patch.setattr("fxcompile.passes._chain_fitting.refine", lambda stages, *others, **options: stages)
         site = site.with_pairs(tuple((part, layer(part)) for part in x.split(8)))
         linear, between = (
             nn.Sequential(*StackKernels(rank=8, activation=activation).rewrite(site)) for activation in ("none", "relu")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from fxcompile.passes import _stack_fitting as fitting
+from fxcompile.passes._relus import relu_shift
 from fxcompile.passes._stacking import (
     amplification,
     compose,
     corner_stack,
     exact_width,
     refine,
-    relu_shift,
     stack,
     stack_macs,
     stage_kernels,

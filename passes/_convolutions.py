@@ -1,0 +1,61 @@
+"""Convolutions with other weights in the place of a given one: what all passes that split a convolution share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxcompile.patches import padding_amounts
+from fxcompile.program import Program
+
+
+def convolution(
+    like: Any,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int] | int = 1,
+    padding: Sequence[int] | str | int = 0,
+    dilation: Sequence[int] | int = 1,
+    groups: int = 1,
+) -> Any:
+    """A convolution over a weight [O, C/g, *k] and bias [O], of the kind of `like`, in its dtype, trained if it is."""
+    layer = type(like)(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=False,
+        device="meta",
+    )
+    trains, dtype = like.weight.requires_grad, like.weight.dtype
+    layer.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=trains)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(dtype).contiguous(), requires_grad=trains)
+    return layer.eval()
+
+
+def float64(conv: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer as they are fitted."""
+    return conv.weight.detach().double(), None if conv.bias is None else conv.bias.detach().double()
+
+
+def even_padding(conv: Any) -> tuple[int, ...] | None:
+    """The padding in pixels on each side of each axis; None where the two sides of an axis get unequal ones."""
+    amounts = padding_amounts(conv)
+    return tuple(before for before, _ in amounts) if all(before == after for before, after in amounts) else None
+
+
+def why_tied(program: Program, node: fx.Node, tied: Mapping[int, set[str]]) -> str | None:
+    """Why a layer that shares its weight stays: another would keep it, and the network grow. None where it does not.
+
+    Args:
+        tied: what `program.tied` gives.
+    """
+    others = ", ".join(f"'{name}'" for name in program.tied_to(node, tied))
+    return f"it shares its weight with {others}, which would keep it" if others else None

@@ -1,0 +1,134 @@
+"""Branches in a convolution's place, each with one axis of its kernel: what they have in common is the middle tap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fxcompile.fitting import solve
+from fxcompile.layer_stats import LayerStats
+from fxcompile.patches import padding_amounts
+
+from ._call import Call
+from ._convolutions import convolution, float64
+
+
+class Branches(nn.Module):
+    """Layers over the same input; their outputs are added, or joined along the channels and put in order."""
+
+    order: Tensor | None
+
+    def __init__(self, branches: Sequence[nn.Module], order: Tensor | None = None) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.joined = order is not None
+        in_order = order is None or torch.equal(order, torch.arange(len(order)))
+        self.register_buffer("order", None if in_order else order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, *positions] -> [N, O, *positions]"""
+        outputs = [branch(x) for branch in self.branches]
+        if not self.joined:
+            total: Tensor = sum(outputs[1:], start=outputs[0])
+            return total
+        joined = torch.cat(outputs, 1)
+        return joined if self.order is None else torch.index_select(joined, 1, self.order)
+
+
+def branches(conv: Any, merge: Literal["sum", "concat"], stats: LayerStats | None) -> nn.Module:
+    """The branches for a convolution, solved on its statistics if there are any."""
+    axes = [axis for axis, size in enumerate(conv.kernel_size) if size > 1]
+    lines = [line(conv.kernel_size, axis) for axis in axes]
+    if merge == "sum":
+        weight, bias = on_taps(conv, torch.stack(lines).any(0), stats)
+        made: list[nn.Module] = []
+        left = weight
+        for axis, own in zip(axes, lines, strict=True):
+            made.append(branch(conv, along(left, axis), None if made else bias, axis))
+            left = left * ~own
+        return Branches(made)
+    solved = [on_taps(conv, own, stats) for own in lines]
+    owners = share_out(torch.stack([lost(conv, *item, stats) for item in solved]), conv.groups)
+    made = []
+    for index, (axis, (weight, bias)) in enumerate(zip(axes, solved, strict=True)):
+        mine = owners == index
+        made.append(branch(conv, along(weight[mine], axis), None if bias is None else bias[mine], axis))
+    return Branches(made, owners.argsort(stable=True).argsort())
+
+
+def line(kernel: Sequence[int], axis: int) -> Tensor:
+    """The taps of a kernel [*k] on the line along an axis through its middle."""
+    taps = torch.zeros(*kernel, dtype=torch.bool)
+    taps[tuple(slice(None) if item == axis else (size - 1) // 2 for item, size in enumerate(kernel))] = True
+    return taps
+
+
+def along(weight: Tensor, axis: int) -> Tensor:
+    """The line of a kernel [O, C, *k] along an axis, as a kernel of its own."""
+    for item in range(weight.dim() - 2):
+        if item != axis:
+            weight = weight.narrow(2 + item, (weight.shape[2 + item] - 1) // 2, 1)
+    return weight
+
+
+def on_taps(conv: Any, taps: Tensor, stats: LayerStats | None) -> tuple[Tensor, Tensor | None]:
+    """The weight [O, C/g, *k] that is zero but on these taps, and bias: least squares, or what the weight has there."""
+    weight, bias = float64(conv)
+    weight = weight * taps
+    if stats is None:
+        return weight, bias
+    features = taps.expand(weight.shape[1:]).flatten().nonzero().flatten()
+    solved, bias = solve(stats.select_features(features), weight.flatten(1)[:, features], bias)
+    return weight.flatten(1).index_copy(1, features, solved).reshape(weight.shape), bias
+
+
+def lost(conv: Any, weight: Tensor, bias: Tensor | None, stats: LayerStats | None) -> Tensor:
+    """[O]: the squared error of each output, or of its weights where there are no data."""
+    if stats is None:
+        return (float64(conv)[0] - weight).flatten(1).square().sum(1)
+    return stats.squared_errors(weight, bias)
+
+
+def share_out(errors: Tensor, groups: int) -> Tensor:
+    """For each of O outputs the branch that gives it, from errors [branches, O]: equally many each, in every group.
+
+    Greedily, those that lose the most by not getting their best branch first; for two branches that is the optimum.
+    """
+    count, outputs = errors.shape
+    each = outputs // groups
+    owners = torch.empty(outputs, dtype=torch.long)
+    for group in range(groups):
+        own = errors[:, group * each : (group + 1) * each]
+        room = [each // count + (index < each % count) for index in range(count)]
+        best = own.topk(2, dim=0, largest=False).values
+        for output in (best[1] - best[0]).argsort(descending=True, stable=True).tolist():
+            free = [index for index in range(count) if room[index]]
+            chosen = min(free, key=lambda index: float(own[index, output]))
+            room[chosen] -= 1
+            owners[group * each + output] = chosen
+    return owners
+
+
+def branch(conv: Any, weight: Tensor, bias: Tensor | None, axis: int) -> nn.Module:
+    """A convolution with a kernel along one axis, which sees of the others what the kernel's middle saw.
+
+    Where that takes other padding before than after, or less than none, it is done ahead of the layer.
+    """
+    sides = []
+    shape = zip(padding_amounts(conv), conv.kernel_size, conv.dilation, strict=True)
+    for item, ((before, after), size, dilation) in enumerate(shape):
+        middle = 0 if item == axis else (size - 1) // 2
+        rest = 0 if item == axis else size - 1 - middle
+        sides.append((before - dilation * middle, after - dilation * rest))
+    even = all(before == after >= 0 for before, after in sides)
+    padding = [before if even else 0 for before, _ in sides]
+    made: nn.Module = convolution(
+        conv, weight, bias, stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups
+    )
+    if even:
+        return made
+    return nn.Sequential(Call(functional.pad, [amount for pair in reversed(sides) for amount in pair]), made)

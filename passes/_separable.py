@@ -1,0 +1,99 @@
+"""The mathematics of `split-kernels` in sequence: a kernel as a chain of two kernels over different axes.
+
+Weights are split by group, [g, O, C, *k], in float64. Axes are those of the kernel, 0 the first. A pair is
+
+    first [g, R, C, *k with the later axes 1]      second [g, O, R, *k with the first axes 1]
+    W[o, c, i, j] ~ sum_r second[o, r, j] first[r, c, i]
+
+with i the taps on the first axes and j those on the others: for each group a matrix X[(c, i), (o, j)] of rank R.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, linalg
+
+_ROUNDS = 5
+"""Of alternation towards the nearest Kronecker product; each halves what is left, or better."""
+
+
+def first_axes(kernel: Sequence[int]) -> list[tuple[int, ...]]:
+    """The ways to share out the axes of a kernel: those of the first layer, an axis of one tap never among them."""
+    long = [axis for axis, size in enumerate(kernel) if size > 1]
+    subsets = range(1, 2 ** len(long) - 1)
+    return [tuple(axis for bit, axis in enumerate(long) if subset >> bit & 1) for subset in subsets]
+
+
+def as_matrix(weight: Tensor, axes: Sequence[int]) -> Tensor:
+    """W [g, O, C, *k] -> X [g, C * taps on these axes, O * taps on the others]."""
+    dims = range(weight.dim() - 3)
+    later = [axis for axis in dims if axis not in axes]
+    ordered = weight.permute(0, 2, *(3 + axis for axis in axes), 1, *(3 + axis for axis in later))
+    return ordered.flatten(1 + 1 + len(axes)).flatten(1, 1 + len(axes))
+
+
+def as_pair(left: Tensor, right: Tensor, shape: Sequence[int], axes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Factors [g, C * taps, R] and [g, R, O * other taps] as the weights of a pair for W of `shape` [g, O, C, *k]."""
+    groups, outputs, inputs, *kernel = shape
+    rank = left.shape[2]
+    early = [size if axis in axes else 1 for axis, size in enumerate(kernel)]
+    late = [1 if axis in axes else size for axis, size in enumerate(kernel)]
+    first = left.mT.reshape(groups, rank, inputs, *early)
+    second = right.reshape(groups, rank, outputs, *late).transpose(1, 2)
+    return first, second
+
+
+def singular_values(weight: Tensor, axes: Sequence[int]) -> Tensor:
+    """[g, min]: of X, largest first."""
+    values: Tensor = linalg.svdvals(as_matrix(weight, axes))
+    return values
+
+
+def nearest_pair(weight: Tensor, axes: Sequence[int], rank: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The pair with `rank` channels between, for each group, that comes nearest to W.
+
+    In the Frobenius norm (Eckart and Young 1936; Tai et al. 2016), or, with a metric M [g, C * taps, C * taps] of the
+    inputs, in that of M^{1/2} X.
+    """
+    matrix = as_matrix(weight, axes)
+    if metric is None:
+        u, s, vh = linalg.svd(matrix, full_matrices=False)
+        left = u
+    else:
+        values, vectors = linalg.eigh(metric)
+        floor = 1e-10 * values[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
+        root = values.clamp_min(floor).sqrt()
+        u, s, vh = linalg.svd(root.unsqueeze(2) * (vectors.mT @ matrix), full_matrices=False)
+        left = vectors @ (u / root.unsqueeze(2))
+    scale = s[:, :rank].sqrt()
+    return as_pair(left[:, :, :rank] * scale.unsqueeze(1), scale.unsqueeze(2) * vh[:, :rank], weight.shape, axes)
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """W [g, O, C, *k] of a pair."""
+    return torch.einsum("grc...,gor...->goc...", first, second)
+
+
+def input_metric(gram: Tensor, inputs: int, kernel: Sequence[int], axes: Sequence[int]) -> Tensor:
+    """M [g, C * taps, C * taps], what the taps on these axes see, from S [g, F, F] over whole patches (c, *k).
+
+    S is taken for a Kronecker product M x N with N over the other taps, the nearest there is in the Frobenius norm
+    (Van Loan and Pitsianis 1993), and N, of which only its size would be left over, is given the trace of 1.
+    """
+    groups, dims = len(gram), len(kernel)
+    later = [axis for axis in range(dims) if axis not in axes]
+    order = [0, *(1 + axis for axis in axes), *(1 + axis for axis in later)]
+    near, far = inputs * math.prod(kernel[axis] for axis in axes), math.prod(kernel[axis] for axis in later)
+    both = gram.reshape(groups, inputs, *kernel, inputs, *kernel)
+    both = both.permute(0, *(1 + item for item in order), *(2 + dims + item for item in order))
+    blocks = both.reshape(groups, near, far, near, far)
+    others = torch.eye(far, dtype=gram.dtype).expand(groups, far, far) / far
+    for _ in range(_ROUNDS):
+        metric = torch.einsum("gajbk,gjk->gab", blocks, others)
+        others = torch.einsum("gajbk,gab->gjk", blocks, metric)
+        others = others / others.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300).view(-1, 1, 1)
+    metric = torch.einsum("gajbk,gjk->gab", blocks, others)
+    return (metric + metric.mT) / 2

@@ -1,0 +1,208 @@
+"""Replaces a convolution by two over different axes, n x n by n x 1 and 1 x n, one after the other or side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fxcompile.contracts import Approximate, Contract, Trained
+from fxcompile.layer_stats import LayerStats, check_finite
+from fxcompile.layers import CONVOLUTIONS
+from fxcompile.program import Program
+from fxcompile.rewriting import Replacement, Site, Skip
+
+from . import _cross as cross
+from . import _separable as separable
+from ._chain_fitting import MOST_FEATURES, fitted
+from ._convolutions import convolution, even_padding, float64, why_tied
+from ._ranks import RankedPass, energy_rank, rank_for, rounded_up
+from ._relus import with_relus
+from ._stack_refining import best_last
+
+Axes = tuple[int, ...]
+
+
+class SplitKernels(RankedPass):
+    """conv[O, C, n, m]  =>  conv[R, C, n, 1], conv[O, R, 1, m]                     arrangement=sequential
+                      =>  conv[O, C, n, 1](x) + conv[O, C, 1, m](x)             arrangement=parallel, merge=sum
+                      =>  [conv[O/2, C, n, 1](x), conv[O/2, C, 1, m](x)]        arrangement=parallel, merge=concat
+
+    In sequence, W[o, c, i, j] = sum over r of H[o, r, j] V[r, c, i]: the singular value decomposition of W as a matrix
+    (c, i) x (o, j) is the nearest pair with R channels between, exact from R = min(n C, m O) on (Jaderberg et al. 2014;
+    Tai et al. 2016). Either axis may come first; all ways are tried. With calibration data the best dense weight is
+    decomposed in the norm of what the first layer sees (the nearest Kronecker product of the inputs' Gram matrix S),
+    and from there both layers together are fitted to the error of the outputs, tr(E S E^T). Stride, dilation and
+    padding go to the layer that has the axis. The first layer has no bias, since the padding between the two would
+    lack it; with `activation=relu` it has one, and pads for both.
+
+    Side by side, both see the input: what is left of the weight is a cross, solved by least squares over its taps; the
+    first branch holds the middle tap. `merge=concat` lets each give half of the outputs, those at which it is better
+    than the other (Szegedy et al. 2016 give them as they come), and puts them back in order. Far less is left of the
+    weight than in sequence at the same cost: this is for architectures that need the form, and for training.
+
+    Of kernels with three axes any share may come first in sequence; side by side there are three branches. Where S
+    would be larger than 4608 squared, only the last layer in sequence is fitted to the data.
+    """
+
+    name: ClassVar = "split-kernels"
+    contract: ClassVar = Approximate(exact_when="in sequence, rank gives min(n C, m O) channels")
+
+    kernel: int | None = Field(None, ge=2, description="only kernels whose largest side is this; by default all")
+    arrangement: Literal["sequential", "parallel"] = Field(
+        "sequential", description="one layer after the other, or side by side"
+    )
+    merge: Literal["sum", "concat"] = Field("sum", description="how parallel branches come together")
+    activation: Literal["none", "relu"] = Field(
+        "none", description="what stands between two in sequence; relu wants fine-tuning"
+    )
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Self:
+        others = ("merge",) if self.arrangement == "sequential" else ("rank", "energy", "round_to", "activation")
+        for option in filter(self.differs, others):
+            raise ValueError(f"{option} has no meaning with arrangement={self.arrangement}")
+        return self
+
+    @property
+    def promise(self) -> Contract:
+        """Approximate, or Trained with an activation between."""
+        return Trained() if self.activation == "relu" else self.contract
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        """Convolutions with at least two sides of more than one."""
+        tied = program.tied()
+        for node, conv in program.layers(*CONVOLUTIONS):
+            largest = max(conv.kernel_size)
+            if len(conv.kernel_size) == 1 or largest == 1 or self.kernel not in (None, largest):
+                continue
+            site = Site.of(program, node)
+            reason = self.unfit(conv) or why_tied(program, node, tied)
+            if reason is None and self.arrangement == "sequential" and self.energy is None:
+                reason = self.too_costly(min(share for share, _, _ in self.all_ways(site)), conv.groups)
+            yield Skip.of(node, reason) if reason else site
+
+    def unfit(self, conv: Any) -> str | None:
+        """Why a convolution has no such form, or None."""
+        sides = [size for size in conv.kernel_size if size > 1]
+        outputs = conv.out_channels // conv.groups
+        if len(sides) < 2:
+            return "its kernel has one axis only"
+        if self.arrangement == "sequential":
+            if self.activation == "relu" and even_padding(conv) is None:
+                return "it pads unevenly, and with a bias between the first layer would have to pad for both"
+        elif self.merge == "concat":
+            if outputs < len(sides):
+                return f"{outputs} outputs a group are too few for {len(sides)} branches"
+        elif sum(sides) >= math.prod(sides):
+            return "branches would cost what it costs"
+        return None
+
+    def rewrite(self, site: Site) -> Replacement:
+        """The best that is known without held-out data: from the data if there are any, else from the weights."""
+        return list(self.candidates(site))[-1]
+
+    def candidates(self, site: Site) -> Iterator[Replacement]:
+        """What the weights alone give, and what the data do."""
+        conv = site.layer
+        check_finite(conv.weight, "weights")
+        known: list[LayerStats | None] = [None]
+        if site.pairs and conv.weight[0].numel() <= MOST_FEATURES:
+            known.append(site.statistics())
+        for stats in known:
+            if self.arrangement == "parallel":
+                yield cross.branches(conv, self.merge, stats)
+                continue
+            weight, bias = float64(conv)
+            if stats is None:
+                pair = self.nearest_pair(site, weight)
+            else:
+                pair, bias = fitted(
+                    stats, weight, bias, conv.groups, lambda *wanted: self.nearest_pair(site, *wanted), starts=1
+                )  # random starts never ended lower than that of the decomposition
+            layers = self.chain(conv, pair, bias)
+            yield with_relus(layers, [x for x, _ in site.pairs]) if self.activation == "relu" else layers
+
+    def nearest_pair(self, site: Site, weight: Tensor, gram: Tensor | None = None) -> list[Tensor]:
+        """The nearest two kernels to a weight, of all ways, [M, C/g, ...] and [O, M/g, ...].
+
+        Args:
+            gram: S [g, F, F] of the layer's inputs, in whose norm it is nearest, or nearly; by default all count alike.
+        """
+        target = weight.unflatten(0, (site.layer.groups, -1))
+        tried: list[tuple[float, int, tuple[Tensor, Tensor]]] = []
+        for axes, width in self.ways(site):
+            metric = None if gram is None else separable.input_metric(gram, target.shape[2], target.shape[3:], axes)
+            pair = separable.nearest_pair(target, axes, width, metric)
+            if gram is not None:
+                pair = pair[0], best_last([*pair], target, gram)
+            lacks = (separable.compose(*pair) - target).flatten(2)
+            error = float((lacks.square() if gram is None else lacks @ gram * lacks).sum())
+            tried.append((error, len(tried), pair))
+        return [kernel.flatten(0, 1) for kernel in min(tried)[2]]
+
+    def ways(self, site: Site) -> list[tuple[Axes, int]]:
+        """The axes that the first layer may have, with the channels between for each group; with `energy` only the
+        cheapest.
+        """
+        ways = self.all_ways(site)
+        fit = [way for way in ways if self.energy is None and not self.too_costly(way[0], site.layer.groups)]
+        return [(axes, width) for _, axes, width in fit or [min(ways)]]
+
+    def all_ways(self, site: Site) -> list[tuple[float, Axes, int]]:
+        """What each way costs, as a share of the layer's MACs; the axes of its first layer; the channels between."""
+        conv = site.layer
+        dims, groups = len(conv.kernel_size), conv.groups
+        inputs, outputs = conv.weight.shape[1], conv.out_channels // groups
+        before, after = self.padded(site), site.output_shape[-dims:]
+        dense = math.prod(after) * conv.weight.numel()
+        found = []
+        for axes in separable.first_axes(conv.kernel_size):
+            early = math.prod(conv.kernel_size[axis] for axis in axes)
+            late = math.prod(conv.kernel_size) // early
+            between = math.prod(after[axis] if axis in axes else before[axis] for axis in range(dims))
+            unit = groups * (between * early * inputs + math.prod(after) * late * outputs)
+            if self.energy is None:
+                width = rank_for(self.rank, unit, dense, groups, self.rounding)
+            else:
+                values = separable.singular_values(float64(conv)[0].unflatten(0, (groups, -1)), axes)
+                width = rounded_up(energy_rank(values, self.energy), groups, self.rounding)
+            width = min(width, inputs * early, outputs * late)
+            found.append((unit * width / dense if dense else 1.0, axes, width))
+        return found
+
+    def padded(self, site: Site) -> tuple[int, ...]:
+        """The size of the map between, along the axes that the first layer does not have."""
+        size = site.input_shape[-len(site.layer.kernel_size) :]
+        if self.activation == "none":
+            return size
+        return tuple(n + 2 * p for n, p in zip(size, even_padding(site.layer) or (), strict=True))
+
+    def chain(self, conv: Any, pair: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
+        """The two layers, each with the stride and the padding of its axes; all padding on the first before a ReLU."""
+        early = [size > 1 for size in pair[0].shape[2:]]
+        late = [not item for item in early]
+        paddings: list[Any] = [conv.padding, conv.padding]
+        if not isinstance(conv.padding, str):
+            first = [True] * len(early) if self.activation == "relu" else early
+            paddings = [masked(conv.padding, first, 0), masked(conv.padding, [not item for item in first], 0)]
+        return [
+            convolution(
+                conv,
+                weight,
+                added,
+                stride=masked(conv.stride, mask, 1),
+                padding=padding,
+                dilation=conv.dilation,
+                groups=conv.groups,
+            )
+            for weight, added, mask, padding in zip(pair, (None, bias), (early, late), paddings, strict=True)
+        ]
+
+
+def masked(values: Sequence[int], mask: Sequence[bool], other: int) -> tuple[int, ...]:
+    """The values where the mask is true, `other` elsewhere."""
+    return tuple(value if wanted else other for value, wanted in zip(values, mask, strict=True))
