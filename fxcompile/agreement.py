@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxcompile.comparing import relative_maximum
 from fxcompile.contracts import tolerance
 from fxcompile.errors import one_line
 from fxcompile.lowering import NoSpelling
 from fxcompile.program import Program, flatten_tensors, shape_of
 from fxcompile.reference import Reference
 from fxcompile.refusals import Impure, Refused
-from fxcompile.verification import relative_maximum
 
 
 def checked(program: Program, reference: Reference, observed: Any = None) -> Program:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import onnx
 from google.protobuf.message import DecodeError
 
+from fxcompile.comparing import Broken
 from fxcompile.cost import program_cost
+from fxcompile.drawing import Case, Inputs, cases, most_samples, search
 from fxcompile.errors import EmitError, UsageError, did_you_mean, one_line
 from fxcompile.exporting import export
 from fxcompile.given import Given
@@ -23,9 +25,9 @@ from fxcompile.layers import is_finite
 from fxcompile.onnxfile import OnnxFile, write_onnx
 from fxcompile.program import InputSpec, Program
 from fxcompile.report import FileReport
+from fxcompile.rounding import Seen, compare_noisy
 from fxcompile.runtime import feeds_of, open_session, run_session
 from fxcompile.simplifying import OPAQUE_BYTES, SIMPLIFICATIONS, put_metadata, simplify
-from fxcompile.verification import Broken, Case, Inputs, Seen, cases, compare_noisy, most_samples, search
 from fxcompile.writing import check_writable, publish, scratch_beside
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fxcompile.drawing import Case
 from fxcompile.program import Program
-from fxcompile.verification import Case
 
 MOST_BYTES = 64_000_000
 """What is kept at most: outputs may be as large as images."""

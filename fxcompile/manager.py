@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fxcompile.calibration import as_calibration
 from fxcompile.cost import program_cost
+from fxcompile.drawing import FEWEST, Inputs
 from fxcompile.dumping import Dumps
 from fxcompile.errors import UsageError, did_you_mean
 from fxcompile.given import Given
@@ -23,7 +24,6 @@ from fxcompile.report import Report
 from fxcompile.rewriting import Pass
 from fxcompile.running import Run, Verify
 from fxcompile.timing import Stopwatch
-from fxcompile.verification import FEWEST, Inputs
 
 BUDGET = 30_000_000_000
 """By default the whole network is verified on as many inputs as cost this many multiply-accumulates, 2 to 20."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxcompile.drawing import random_like
 from fxcompile.errors import TraceError, one_line
 from fxcompile.functional import memory
 from fxcompile.program import flatten_tensors
 from fxcompile.refusals import definition, text_at, user_line
 from fxcompile.signature import Signature, output_names, plain_containers
-from fxcompile.verification import random_like
 from fxcompile.watching import Watch
 
 

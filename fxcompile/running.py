@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import math
 import time
@@ -10,28 +9,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from fxcompile.calibration import Calibration
-from fxcompile.contracts import Exact, Trained, tolerance
+from fxcompile.comparing import Broken
+from fxcompile.contracts import Exact, Trained
 from fxcompile.cost import Cost, nodes_cost, program_cost, samples
 from fxcompile.distance import Distance
-from fxcompile.errors import ContractError, FitError, RewriteError, did_you_mean
-from fxcompile.footprint import enough_pixels
+from fxcompile.drawing import Case, Inputs, cases, draw, most_samples, search
+from fxcompile.errors import ContractError, FitError, did_you_mean
+from fxcompile.exactness import broken_case
 from fxcompile.given import Given
 from fxcompile.gradients import unreached
 from fxcompile.labels import describe_layer, function_name, node_name
 from fxcompile.layers import is_finite
-from fxcompile.program import InputSpec, Program, dtype_of, shape_of
+from fxcompile.program import Program
 from fxcompile.progress import Progress
-from fxcompile.regions import region_inputs, run_region, run_replacement
 from fxcompile.report import PassReport, Report, SiteReport
 from fxcompile.rewriting import Pass, Replacement, Site, Skip
+from fxcompile.rounding import Seen, compare_noisy
 from fxcompile.sitedata import SiteData, full_batches, synthetic_batch
 from fxcompile.splice import Fragment, Splicer, finish, fragment_of
 from fxcompile.timing import Stopwatch
-from fxcompile.verification import Broken, Case, Inputs, Seen, cases, compare, compare_noisy, draw, most_samples, search
 
 Verify = Literal["raise", "rollback", "keep", "off"]
 """What a broken contract does: it stops the run, or is undone, or is only written down, or is not looked for."""
@@ -194,63 +193,15 @@ class Run:
 
     # verification
 
-    def _check_exact(self, pass_: Pass, site: Site, local: Sequence[Case]) -> str:
-        """Hold a site's replacement against the site in float64, both made from weights that were cast before.
-
-        Returns what broke, where it is kept all the same.
-        """
-        double = site.double()
-        with torch.no_grad():
-            replacement = pass_.rewrite(double)
-        if not isinstance(replacement, nn.Module):
-            replacement = [module.double() for module in replacement]
-        else:
-            replacement = replacement.double()
-        specs, examples = site_inputs(site, self.program.batch_is_free, map_size(site, replacement))
-        inputs = Inputs(specs, examples)
-        as_traced = Inputs([dataclasses.replace(spec, batch_axis=None) for spec in specs], examples)
-
-        def drawn(case: Case, inputs: Inputs) -> list[Tensor]:
-            return [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs.make(case)]
-
-        def check(case: Case) -> None:
-            tensors = drawn(case, inputs)
-            with torch.no_grad():
-                try:
-                    wanted = run_region(double, tensors)
-                except RuntimeError:  # inside the network the first axis may hold more than samples
-                    tensors = drawn(case, as_traced)
-                    wanted = run_region(double, tensors)
-                given = run_replacement(replacement, tensors)
-            compare(given, wanted, tolerance(torch.float64), site.name)
-
-        def hold_together() -> bool:
-            """Whether all cases hold as one batch, which costs less; if not, it is asked which of them does not."""
-            if any(spec.batch_axis is None for spec in specs):
-                return False
-            tensors = [torch.cat(parts) for parts in zip(*(drawn(case, inputs) for case in local), strict=True)]
-            counts = [case.samples for case in local]
-            try:
-                with torch.no_grad():
-                    wanted, given = run_region(double, tensors), run_replacement(replacement, tensors)
-                if wanted.shape[:1] != (sum(counts),) or given.shape != wanted.shape:
-                    return False
-                for ours, theirs in zip(given.split(counts), wanted.split(counts), strict=True):
-                    compare(ours, theirs, tolerance(torch.float64), site.name)
-            except (RuntimeError, Broken):
-                return False
-            return True
-
-        for case in () if hold_together() else local:
-            try:
-                check(case)
-            except Broken:
-                found = search(check, cases(inputs.kinds(), case.samples), 20, self.seed) or (case, "")
-                error = self._contract_error(pass_, site.name, *found)
-                if self.verify == "keep":
-                    return str(error)
-                raise error from None
-        return ""
+    def _check_exact(self, pass_: Pass, site: Site, drawn: Sequence[Case]) -> str:
+        """Hold a site's replacement against the site; what broke, where it is kept all the same."""
+        found = broken_case(pass_, site, drawn, self.program.batch_is_free, self.seed)
+        if found is None:
+            return ""
+        error = self._contract_error(pass_, site.name, *found)
+        if self.verify != "keep":
+            raise error
+        return str(error)
 
     def _contract_error(self, pass_: Pass, site: str, case: Case, evidence: str) -> Exception:
         problem = (
@@ -376,31 +327,6 @@ def _cost(fragment: Fragment, batch: int) -> Cost:
 def _distance(fit: Fitted) -> float:
     """The error of a fit, to choose by: what is not a number is the worst."""
     return math.inf if fit[1] is None or math.isnan(fit[1]) else fit[1]
-
-
-def map_size(site: Site, replacement: Replacement) -> tuple[int, ...]:
-    """The size of a map, along its last axes, that shows all which a site and its replacement do; () for the whole."""
-    layers = [replacement] if isinstance(replacement, nn.Module) else replacement
-    old, new = enough_pixels(site.layers), enough_pixels(layers)
-    if len(site.layers) != len(site.nodes) or old is None or new is None:
-        return ()
-    return tuple(map(max, old, new))
-
-
-def site_inputs(
-    site: Site, batch_is_free: bool, most: tuple[int, ...] = ()
-) -> tuple[tuple[InputSpec, ...], tuple[Tensor, ...]]:
-    """What a site takes, in the form that inputs are drawn for; of its maps only so many pixels along the last axes."""
-    specs, examples = [], []
-    for node in region_inputs(site.nodes):
-        shape, dtype = shape_of(node), dtype_of(node)
-        if shape is None or dtype is None:
-            raise RewriteError("a site must take tensors", place=f"layer '{site.name}'")
-        if most:
-            shape = (*shape[: -len(most)], *map(min, shape[-len(most) :], most))
-        specs.append(InputSpec(node.name, shape, dtype, batch_axis=0 if batch_is_free and shape else None))
-        examples.append(torch.zeros(shape, dtype=dtype))
-    return tuple(specs), tuple(examples)
 
 
 def describe_change(site: Site, replacement: Replacement) -> str:

@@ -12,13 +12,13 @@ from fxcompile.calibration import Calibration
 from fxcompile.chains import statistics_behind
 from fxcompile.cost import samples
 from fxcompile.distance import Distance
+from fxcompile.drawing import random_like
 from fxcompile.errors import CalibrationError
 from fxcompile.fitting import LayerStats, collect, refitted, row_count
 from fxcompile.layers import CONVOLUTIONS, holds_weights
 from fxcompile.program import FEATURE, Program
 from fxcompile.regions import region_inputs, run_region, run_replacement
 from fxcompile.rewriting import Pairs, Replacement, Site
-from fxcompile.verification import random_like
 from fxcompile.walking import MEMORY, Walk, live_bytes
 
 Batches = list[tuple[Tensor, Tensor]]

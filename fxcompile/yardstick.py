@@ -13,8 +13,8 @@ from fxcompile.cost import samples as count_samples
 from fxcompile.distance import Distance
 from fxcompile.errors import CalibrationError
 from fxcompile.program import Program, output_node
+from fxcompile.rounding import NOISE, run_double, run_noisy
 from fxcompile.sitedata import full_batches, synthetic_batch
-from fxcompile.verification import NOISE, run_double, run_noisy
 from fxcompile.walking import MEMORY, live_bytes, node_bytes
 
 FLIPS = 1e-4

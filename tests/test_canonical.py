@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from forms import Written, form, roads
 from torch import Tensor, nn
 
+from fxcompile.comparing import relative_maximum
 from fxcompile.program import Program
 from fxcompile.tracing import trace
-from fxcompile.verification import relative_maximum
 
 IMAGE, SIGNAL, TOKENS, VOLUME = (2, 4, 6, 8), (2, 4, 9), (2, 5, 8), (2, 2, 4, 6, 4)
 Spelling = Callable[..., Any]

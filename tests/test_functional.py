@@ -11,9 +11,9 @@ from forms import Written, assert_canonical
 from torch import Tensor, fx, nn
 
 import fxcompile.tracing
+from fxcompile.comparing import relative_maximum
 from fxcompile.functional import Unfollowable, make_functional
 from fxcompile.tracing import trace
-from fxcompile.verification import relative_maximum
 
 RENAMED: dict[str, Callable[..., Any]] = {}
 VIEWED: dict[str, Callable[..., Any]] = {}

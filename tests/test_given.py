@@ -14,11 +14,11 @@ from fxcompile.passes import EliminateIdentity, FoldBatchNorm
 from torch import nn
 
 from fxcompile import given as module
+from fxcompile.drawing import Case
 from fxcompile.given import Given
 from fxcompile.manager import PassManager, Result
 from fxcompile.program import Program
 from fxcompile.tracing import trace
-from fxcompile.verification import Case
 
 CASE = Case("normal", 2, 0.5, 1)
 

@@ -12,10 +12,10 @@ from calls import MODELS, Net, build, drawn, image, leaves
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fxcompile.comparing import relative_maximum
 from fxcompile.errors import TraceError
 from fxcompile.program import output_node
 from fxcompile.tracing import trace
-from fxcompile.verification import relative_maximum
 
 NAMES: dict[str, tuple[list[str], list[str]]] = {
     "two_tensors": (["x", "y"], ["output"]),

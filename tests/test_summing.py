@@ -13,8 +13,9 @@ from onnx import helper
 from torch import Tensor, nn
 
 import fxcompile as fxc
+from fxcompile.comparing import Broken, relative_maximum
+from fxcompile.rounding import compare_noisy, rounding_reach, run_double
 from fxcompile.summing import LANES, function_in_order, layer_in_order, sum_in_order
-from fxcompile.verification import Broken, compare_noisy, relative_maximum, rounding_reach, run_double
 
 
 def in_runtime(operation: str, x: Tensor, **attributes: object) -> Tensor:

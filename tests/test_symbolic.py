@@ -10,10 +10,10 @@ from forms import Written
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
+from fxcompile.comparing import relative_maximum
 from fxcompile.raw_nodes import PLACE
 from fxcompile.signature import Signature
 from fxcompile.symbolic import COMPOSITES, changing_line, symbolic_graph
-from fxcompile.verification import relative_maximum
 
 
 def image(*shape: int) -> Tensor:

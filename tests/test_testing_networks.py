@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, find, settings
 from torch import Tensor, nn
 
+from fxcompile.drawing import draw
 from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS
 from fxcompile.program import flatten_tensors
 from fxcompile.testing import inputs, networks
@@ -17,7 +18,6 @@ from fxcompile.testing.features import FEATURES, statistics
 from fxcompile.testing.growing import RandomPicker, grow, regrow
 from fxcompile.testing.network import FILENAME, IMPORTS, Network
 from fxcompile.tracing import trace
-from fxcompile.verification import draw
 
 torch.set_num_threads(1)
 

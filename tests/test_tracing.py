@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fxcompile.tracing
+from fxcompile.comparing import relative_maximum
 from fxcompile.errors import TraceError
 from fxcompile.tracing import trace
-from fxcompile.verification import relative_maximum
 
 
 @pytest.mark.parametrize("road", ["symbolic", "export"])

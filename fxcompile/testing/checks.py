@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 from torch import Tensor
 
+from fxcompile.comparing import Broken
 from fxcompile.contracts import Exact
+from fxcompile.drawing import Case, Inputs, search
 from fxcompile.errors import ContractError, FxcompileError
 from fxcompile.rewriting import Pass
 from fxcompile.testing import promises, structure
@@ -26,7 +28,6 @@ from fxcompile.testing.reproducing import reproducer
 from fxcompile.testing.shrinking import SIMPLEST, shrink
 from fxcompile.testing.strategies import STEP, Tape, tapes
 from fxcompile.testing.trial import Trial, calibration_of
-from fxcompile.verification import Broken, Case, Inputs, search
 
 Promise = Callable[[Trial], None]
 
@@ -198,7 +199,7 @@ def check_pipeline(
 
 
 def draw_case(tape: Tape) -> Case:
-    """An input to compare on, the simplest first, as `verification.cases` draws them."""
+    """An input to compare on, the simplest first, as `drawing.cases` draws them."""
     kind = ("impulse", "constant", "normal", "large", "tiny")[tape.below(5)]
     position = (0.0, 1.0, 0.5, tape.below(256) / 255)[tape.below(4)]
     return Case(kind, 1 + tape.below(3), position, tape.below(256))

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompile.calibration import as_calibration
+from fxcompile.comparing import Broken, relative_maximum
 from fxcompile.contracts import Exact, tolerance
 from fxcompile.errors import FxcompileError
 from fxcompile.layers import is_finite
 from fxcompile.manager import PassManager
 from fxcompile.program import FEATURE, ORIGIN, Program, fetch, flatten_tensors
+from fxcompile.rounding import NOISE, compare_noisy, rounding_reach
 from fxcompile.runtime import feeds_of, open_session, run_session
 from fxcompile.sitedata import full_batches, synthetic_batch
 from fxcompile.testing.trial import Trial
-from fxcompile.verification import NOISE, Broken, compare_noisy, relative_maximum, rounding_reach
 
 
 def completes(trial: Trial) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fxcompile.drawing import SCALES, Case, moments
 from fxcompile.rewriting import Pass
 from fxcompile.testing.network import IMPORTS, Network, fill
-from fxcompile.verification import SCALES, Case, moments
 
 HEAD = '''"""{title}
 
@@ -102,7 +102,7 @@ def reproducer(
     imports = IMPORTS + ("\nimport fxcompile as fxc" if equality else "")
     if not equality:
         imports += f"\nfrom {home} import {promise}\nfrom fxcompile.testing.trial import Trial, calibration_of"
-        imports += "\nfrom fxcompile.verification import Broken"
+        imports += "\nfrom fxcompile.comparing import Broken"
     lines, made = import_lines(passes)
     parts = {
         "title": title.replace('"""', "'''"),

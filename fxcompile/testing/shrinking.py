@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from fxcompile.drawing import Case
 from fxcompile.testing.growing import regrow
 from fxcompile.testing.network import Network, Step
-from fxcompile.verification import Case
 
 SIMPLEST = (Case("impulse", 1), Case("impulse", 1, 1.0), Case("impulse", 1, 0.5), Case("constant", 1, 1.0),
             Case("constant", 1, 0.0), Case("normal", 1))  # fmt: skip

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxcompile.drawing import Inputs, cases
 from fxcompile.program import Program
 from fxcompile.testing.growing import MOST_STEPS, Recipe, grow
 from fxcompile.testing.network import Network
-from fxcompile.verification import Inputs, cases
 
 STEP = 24
 """Bytes for the choices of one step; those beyond are the simplest."""

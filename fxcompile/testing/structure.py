@@ -6,13 +6,13 @@ import glob
 
 import torch
 
+from fxcompile.comparing import Broken
 from fxcompile.contracts import Exact
 from fxcompile.cost import program_cost
 from fxcompile.manager import Result
 from fxcompile.program import ORIGIN, Program, ShapeRecorder, dtype_of, shape_of
 from fxcompile.rewriting import Site
 from fxcompile.testing.trial import Trial
-from fxcompile.verification import Broken
 
 
 def model_untouched(trial: Trial) -> None:

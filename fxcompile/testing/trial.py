@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxcompile.comparing import Broken
 from fxcompile.contracts import Approximate, Contract, Exact, Trained
 from fxcompile.layers import is_finite
 from fxcompile.manager import PassManager, Result
@@ -20,7 +21,6 @@ from fxcompile.program import Program, flatten_tensors
 from fxcompile.report import SiteReport
 from fxcompile.rewriting import Pass
 from fxcompile.tracing import trace
-from fxcompile.verification import Broken
 
 
 @dataclass
