@@ -281,7 +281,7 @@ class Run:
         for batch in batches:
             pairs = zip(self.program.outputs(*batch), self.original.outputs(*batch), strict=True)
             for distance, (ours, wanted) in zip(distances, pairs, strict=True):
-                if wanted.is_floating_point():
+                if wanted.is_floating_point() or wanted.is_complex():
                     distance.add(ours, wanted)
         return max((distance.value for distance in distances), default=0.0), what
 

@@ -2,7 +2,8 @@
 
 from .eliminate_identity import EliminateIdentity
 from .fold_batchnorm import FoldBatchNorm
+from .head_to_conv import HeadToConv
 from .split_kernels import SplitKernels
 from .stack_kernels import StackKernels
 
-__all__ = ["EliminateIdentity", "FoldBatchNorm", "SplitKernels", "StackKernels"]
+__all__ = ["EliminateIdentity", "FoldBatchNorm", "HeadToConv", "SplitKernels", "StackKernels"]
