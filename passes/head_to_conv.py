@@ -33,14 +33,16 @@ class HeadToConv(Pass):
     """flatten, linear[O, C H W], ..., linear[K, O]
       =>  conv[O, C, H, W], ..., conv[K, O, 1, 1], flatten             style=exact
     flatten, linear[O, C H W]
-      =>  conv[O, C, 1, 1], global average pool, flatten               style=pool
+      =>  global average pool, conv[O, C, 1, 1], flatten               style=pool
 
     `exact` only writes the head as convolutions (Long et al. 2015): it computes the same, and on a larger map would
     give one output for each place. Activations and dropout between linear layers stay where they are.
 
-    `pool` is the head of Network in Network (Lin et al. 2014): 1 / (H W) of the weights is left, and the outputs see
-    the mean of each channel only. The convolution is the sum of the linear layer's weights over the places of the map,
-    exact where all places hold the same; with calibration data it is solved for by least squares on the means.
+    `pool` is the head of Network in Network (Lin et al. 2014), who pool after the convolution: the mean may be taken
+    before as well, which is the same function. 1 / (H W) of the weights and of the multiply-accumulates is left, and
+    the outputs see the mean of each channel only. The convolution is the sum of the linear layer's weights over the
+    places of the map, exact where all places hold the same; with calibration data it is solved for by least squares on
+    the means.
 
     Maps of one, two and three dimensions. A linear layer on a map of one place becomes a 1x1 convolution.
     """
@@ -50,7 +52,7 @@ class HeadToConv(Pass):
     idempotent: ClassVar = True
 
     style: Literal["exact", "pool"] = Field(
-        "exact", description="the same function, or a 1x1 convolution and a global average pool"
+        "exact", description="the same function, or a 1x1 convolution on means over the map"
     )
 
     @property
@@ -112,10 +114,10 @@ class HeadToConv(Pass):
         pool = POOLS[len(size) - 1](1)
         weight, bias = float64(site.layer)
         weight = weight.unflatten(1, (channels, -1)).sum(2)
-        yield [as_convolution(site.layer, with_places(weight, size), bias), pool, flatten]
+        yield [pool, as_convolution(site.layer, with_places(weight, size), bias), flatten]
         if site.pairs:
             weight, bias = solve(mean_statistics(site), weight, bias)
-            yield [as_convolution(site.layer, with_places(weight, size), bias), pool, flatten]
+            yield [pool, as_convolution(site.layer, with_places(weight, size), bias), flatten]
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
