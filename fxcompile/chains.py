@@ -52,7 +52,7 @@ def splits_patches(layer: Any, chain: Sequence[Any]) -> bool:
     """
     if not all(type(item) is type(layer) and isinstance(item, CONVOLUTIONS) for item in chain):
         return False
-    if any(item.groups != layer.groups or item.dilation != layer.dilation for item in chain):
+    if any(item.groups != layer.groups for item in chain):
         return False
     if any(item.bias is not None for item in chain[:-1]):
         return False
@@ -69,6 +69,8 @@ def _splits_axis(layer: Any, chain: Sequence[Any], axis: int) -> bool:
     if [padding_amounts(chain[at])[axis] for at in padded] != ([wanted] if any(wanted) else []):
         return False
     if [chain[at].stride[axis] for at in strided] != ([layer.stride[axis]] if layer.stride[axis] > 1 else []):
+        return False
+    if any(chain[at].dilation[axis] != layer.dilation[axis] for at in mixing):
         return False
     if any(chain[at].padding_mode != layer.padding_mode for at in padded):
         return False

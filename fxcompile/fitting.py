@@ -18,7 +18,17 @@ from fxcompile.layer_stats import LayerStats, check_finite, grouped, mean_output
 from fxcompile.layers import with_weights
 from fxcompile.patches import matrix_weight, output_channels, weight_matrix
 
-__all__ = ["LayerStats", "collect", "reduced_rank", "refit", "refitted", "row_count", "solve", "with_parameters"]
+__all__ = [
+    "LayerStats",
+    "collect",
+    "leading_outputs",
+    "reduced_rank",
+    "refit",
+    "refitted",
+    "row_count",
+    "solve",
+    "with_parameters",
+]
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -128,9 +138,20 @@ def reduced_rank(stats: LayerStats, weight: Tensor, bias: Tensor | None, rank: i
         raise UsageError(f"rank is {rank}", mend=f"choose between 1 and {w.shape[1]}")
     gram, _, _ = stats.centred()
     check_finite(gram, "sums of squared inputs")
-    outer = torch.linalg.eigh(w @ gram @ w.mT).eigenvectors[:, :, -rank:].flip(2)  # [g, o, r], largest first
+    outer = leading_outputs(w, gram, rank)
     inner = outer.mT @ w
     return inner.flatten(0, 1), outer.flatten(0, 1), mean_output(w - outer @ inner, bias, stats)
+
+
+def leading_outputs(weight: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """[g, o, r]: orthonormal, the r directions in which outputs W x vary the most, largest first.
+
+    Args:
+        weight: W [g, o, F].
+        gram: second moments of x, [g, F, F].
+    """
+    vectors: Tensor = torch.linalg.eigh(weight @ gram @ weight.mT).eigenvectors
+    return vectors[:, :, -rank:].flip(2)
 
 
 def enough_rows(features: int) -> int:

@@ -1,9 +1,10 @@
 """The rewrites that ship with fxcompile, imported as `fxcompile.passes`."""
 
+from .bottleneck import Bottleneck
 from .eliminate_identity import EliminateIdentity
 from .fold_batchnorm import FoldBatchNorm
 from .head_to_conv import HeadToConv
 from .split_kernels import SplitKernels
 from .stack_kernels import StackKernels
 
-__all__ = ["EliminateIdentity", "FoldBatchNorm", "HeadToConv", "SplitKernels", "StackKernels"]
+__all__ = ["Bottleneck", "EliminateIdentity", "FoldBatchNorm", "HeadToConv", "SplitKernels", "StackKernels"]

@@ -33,11 +33,48 @@ def convolution(
         bias=False,
         device="meta",
     )
+    return _filled(layer, like, weight, bias)
+
+
+def linear(like: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """A linear layer with a weight [O, C] and bias [O], in the dtype of `like`, trained if it is."""
+    return _filled(nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"), like, weight, bias)
+
+
+def _filled(layer: Any, like: Any, weight: Tensor, bias: Tensor | None) -> Any:
     trains, dtype = like.weight.requires_grad, like.weight.dtype
     layer.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=trains)
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(dtype).contiguous(), requires_grad=trains)
     return layer.eval()
+
+
+def chain(
+    conv: Any, stages: Sequence[Tensor], bias: Tensor | None, strided: Sequence[int], padded: Sequence[int]
+) -> list[nn.Module]:
+    """Convolutions with these weights, one after the other, in the place of `conv`; the last one has the bias.
+
+    Args:
+        strided: for each axis, the number of the stage that has its stride.
+        padded: the same for the padding; "same" is each stage's own.
+    """
+    made = []
+    for at, weight in enumerate(stages):
+        padding = conv.padding
+        if not isinstance(padding, str):
+            padding = tuple(n if at == owner else 0 for n, owner in zip(padding, padded, strict=True))
+        made.append(
+            convolution(
+                conv,
+                weight,
+                bias if at == len(stages) - 1 else None,
+                stride=tuple(n if at == owner else 1 for n, owner in zip(conv.stride, strided, strict=True)),
+                padding=padding,
+                dilation=tuple(n if size > 1 else 1 for n, size in zip(conv.dilation, weight.shape[2:], strict=True)),
+                groups=conv.groups,
+            )
+        )
+    return made
 
 
 def float64(conv: Any) -> tuple[Tensor, Tensor | None]:

@@ -50,13 +50,18 @@ class RankedPass(Pass):
         return bool(getattr(self, option) != type(self).model_fields[option].default)
 
     @property
+    def by_weight(self) -> bool:
+        """Whether the weight says how many channels there are, and not its cost or the user."""
+        return self.energy is not None
+
+    @property
     def rounding(self) -> int:
         """The multiple that the channels between are rounded to."""
-        return self.round_to or (ROUND_TO if self.energy is None and isinstance(self.rank, float) else 1)
+        return self.round_to or (ROUND_TO if not self.by_weight and isinstance(self.rank, float) else 1)
 
     def too_costly(self, share: float, groups: int) -> str | None:
         """Why layers that cost this share of the MACs of a site's layer, which has so many groups, are not worth it."""
-        if self.energy is None and isinstance(self.rank, float) and share > self.rank * (1 + 1e-9):
+        if not self.by_weight and isinstance(self.rank, float) and share > self.rank * (1 + 1e-9):
             a_group = " a group" if groups > 1 else ""
             return f"one channel{a_group} between costs {share:.0%} of its MACs already, above rank={self.rank:g}"
         if self.min_saving is not None and 1 - share < self.min_saving:
@@ -67,17 +72,14 @@ class RankedPass(Pass):
 def rank_for(rank: float, unit: float, dense: float, groups: int, round_to: int) -> int:
     """Channels for each group: `rank` in all groups together if an int, else those that cost that share of `dense`.
 
-    At least one, and rounded down, so that a share is not exceeded; where that leaves any, all groups together to a
-    multiple of `round_to`.
+    Rounded down, so that a share is not exceeded, as `rounded_down` says.
 
     Args:
         unit: MACs of one channel in every group.
         dense: MACs of the layer.
     """
     each = rank // groups if isinstance(rank, int) else math.floor(rank * dense / unit + 1e-9)
-    total = max(1, int(each)) * groups
-    step = math.lcm(groups, round_to)
-    return (total // step * step or total) // groups
+    return rounded_down(int(each), groups, round_to)
 
 
 def energy_rank(values: Tensor, energy: float) -> int:
@@ -86,6 +88,14 @@ def energy_rank(values: Tensor, energy: float) -> int:
     kept = squares.cumsum(1) / squares.sum(1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
     short = (kept < energy * (1 - 1e-12)).sum(1)
     return min(int(short.max()) + 1, values.shape[1])
+
+
+def rounded_down(each: int, groups: int, round_to: int) -> int:
+    """Channels for each group, so many or fewer, but one, so that all groups together have a multiple of `round_to`;
+    where that leaves none, so many.
+    """
+    total, step = max(1, each) * groups, math.lcm(groups, round_to)
+    return (total // step * step or total) // groups
 
 
 def rounded_up(each: int, groups: int, round_to: int) -> int:

@@ -1,4 +1,4 @@
-"""ReLUs between the layers that take a convolution's place, which change nothing until training makes use of them."""
+"""ReLUs between the layers that take another's place, which change nothing until training makes use of them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def with_relus(layers: Sequence[Any], inputs: Sequence[Tensor]) -> list[nn.Modul
     made: list[nn.Module] = []
     values = list(inputs)
     for layer, following in itertools.pairwise(layers):
-        dims = len(layer.kernel_size)
+        dims = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+        groups = getattr(following, "groups", 1)
         values = [layer(x) for x in values]
-        lowest = torch.zeros(layer.out_channels, dtype=torch.float64)
+        lowest = torch.zeros(len(layer.weight), dtype=torch.float64)
         if values:
             ranges = [x.double().movedim(-1 - dims, 0).flatten(1).aminmax(dim=1) for x in values]
             lowest = torch.stack([part.min for part in ranges]).amin(0)
             lowest = lowest - MARGIN * (torch.stack([part.max for part in ranges]).amax(0) - lowest)
-        shift = add_bias(layer, relu_shift(lowest, following.weight, following.groups)[0])
-        add_bias(following, relu_shift(-shift, following.weight, following.groups)[1])
+        shift = add_bias(layer, relu_shift(lowest, following.weight, groups)[0])
+        add_bias(following, relu_shift(-shift, following.weight, groups)[1])
         values = [x + shift.to(x.dtype).view(-1, *[1] * dims) for x in values]
         made += [layer, nn.ReLU()]
     return [*made, layers[-1]]
@@ -53,5 +54,5 @@ def relu_shift(minimum: Tensor, following: Tensor, groups: int = 1) -> tuple[Ten
     -sum_{m, u} B[., m, u] t_m.
     """
     shift = (-minimum.detach().double()).clamp_min(0)
-    sums = following.detach().double().unflatten(0, (groups, -1)).flatten(3).sum(3)
+    sums = following.detach().double().unflatten(0, (groups, -1)).unsqueeze(-1).flatten(3).sum(3)
     return shift, -(sums @ shift.reshape(groups, -1, 1)).flatten()

@@ -18,7 +18,7 @@ from fxcompile.rewriting import Replacement, Site, Skip
 from . import _cross as cross
 from . import _separable as separable
 from ._chain_fitting import MOST_FEATURES, fitted
-from ._convolutions import convolution, even_padding, float64, why_tied
+from ._convolutions import chain, even_padding, float64, why_tied
 from ._ranks import RankedPass, energy_rank, rank_for, rounded_up
 from ._relus import with_relus
 from ._stack_refining import best_last
@@ -81,7 +81,7 @@ class SplitKernels(RankedPass):
                 continue
             site = Site.of(program, node)
             reason = self.unfit(conv) or why_tied(program, node, tied)
-            if reason is None and self.arrangement == "sequential" and self.energy is None:
+            if reason is None and self.arrangement == "sequential" and not self.by_weight:
                 reason = self.too_costly(min(share for share, _, _ in self.all_ways(site)), conv.groups)
             yield Skip.of(node, reason) if reason else site
 
@@ -123,7 +123,7 @@ class SplitKernels(RankedPass):
                 pair, bias = fitted(
                     stats, weight, bias, conv.groups, lambda *wanted: self.nearest_pair(site, *wanted), starts=1
                 )  # random starts never ended lower than that of the decomposition
-            layers = self.chain(conv, pair, bias)
+            layers = self.layers(conv, pair, bias)
             yield with_relus(layers, [x for x, _ in site.pairs]) if self.activation == "relu" else layers
 
     def nearest_pair(self, site: Site, weight: Tensor, gram: Tensor | None = None) -> list[Tensor]:
@@ -149,7 +149,7 @@ class SplitKernels(RankedPass):
         cheapest.
         """
         ways = self.all_ways(site)
-        fit = [way for way in ways if self.energy is None and not self.too_costly(way[0], site.layer.groups)]
+        fit = [way for way in ways if not self.by_weight and not self.too_costly(way[0], site.layer.groups)]
         return [(axes, width) for _, axes, width in fit or [min(ways)]]
 
     def all_ways(self, site: Site) -> list[tuple[float, Axes, int]]:
@@ -181,28 +181,7 @@ class SplitKernels(RankedPass):
             return size
         return tuple(n + 2 * p for n, p in zip(size, even_padding(site.layer) or (), strict=True))
 
-    def chain(self, conv: Any, pair: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
+    def layers(self, conv: Any, pair: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
         """The two layers, each with the stride and the padding of its axes; all padding on the first before a ReLU."""
-        early = [size > 1 for size in pair[0].shape[2:]]
-        late = [not item for item in early]
-        paddings: list[Any] = [conv.padding, conv.padding]
-        if not isinstance(conv.padding, str):
-            first = [True] * len(early) if self.activation == "relu" else early
-            paddings = [masked(conv.padding, first, 0), masked(conv.padding, [not item for item in first], 0)]
-        return [
-            convolution(
-                conv,
-                weight,
-                added,
-                stride=masked(conv.stride, mask, 1),
-                padding=padding,
-                dilation=conv.dilation,
-                groups=conv.groups,
-            )
-            for weight, added, mask, padding in zip(pair, (None, bias), (early, late), paddings, strict=True)
-        ]
-
-
-def masked(values: Sequence[int], mask: Sequence[bool], other: int) -> tuple[int, ...]:
-    """The values where the mask is true, `other` elsewhere."""
-    return tuple(value if wanted else other for value, wanted in zip(values, mask, strict=True))
+        owners = [0 if size > 1 else 1 for size in pair[0].shape[2:]]
+        return chain(conv, pair, bias, owners, [0] * len(owners) if self.activation == "relu" else owners)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from fxcompile.contracts import Approximate, Contract, Trained
 from fxcompile.layer_stats import check_finite
@@ -16,7 +16,7 @@ from fxcompile.program import Program
 from fxcompile.rewriting import Site, Skip
 
 from ._chain_fitting import MOST_FEATURES, fitted
-from ._convolutions import convolution, float64, why_tied
+from ._convolutions import chain, float64, why_tied
 from ._ranks import RankedPass
 from ._relus import with_relus
 from ._stacking import energy_widths, stack, stack_macs, widths_for
@@ -74,7 +74,7 @@ class StackKernels(RankedPass):
             reason = why_tied(program, node, tied)
             if even:
                 reason = f"3x3 kernels compose to odd sizes, and {even[0]} is even"
-            elif reason is None and self.energy is None:
+            elif reason is None and not self.by_weight:
                 reason = self.too_costly(self.macs_share(site), conv.groups)
             yield Skip.of(node, reason) if reason else site
 
@@ -95,7 +95,7 @@ class StackKernels(RankedPass):
         conv = site.layer
         check_finite(conv.weight, "weights")
         weight, bias = float64(conv)
-        widths = self.widths(site)
+        widths, dims = self.widths(site), len(conv.kernel_size)
         if site.pairs and weight[0].numel() <= MOST_FEATURES:
             stages, bias = fitted(
                 site.statistics(),
@@ -106,7 +106,7 @@ class StackKernels(RankedPass):
             )
         else:
             stages = stack(weight, widths, conv.groups)
-        layers = make_layers(conv, stages, [*[None] * (len(stages) - 1), bias])
+        layers = chain(conv, stages, bias, [len(stages) - 1] * dims, [0] * dims)
         if self.activation == "relu":
             layers = with_relus(layers, [x for x, _ in site.pairs])
         return layers
@@ -123,20 +123,3 @@ def shape_of_work(site: Site) -> dict[str, Any]:
         "groups": conv.groups,
         "dilation": conv.dilation,
     }
-
-
-def make_layers(conv: Any, stages: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[nn.Module]:
-    """Convolutions with these weights that take the place of `conv`, in its dtype."""
-    last = len(stages) - 1
-    return [
-        convolution(
-            conv,
-            weight,
-            bias,
-            stride=conv.stride if index == last else 1,
-            padding=conv.padding if index == 0 else 0,
-            dilation=conv.dilation,
-            groups=conv.groups,
-        )
-        for index, (weight, bias) in enumerate(zip(stages, biases, strict=True))
-    ]

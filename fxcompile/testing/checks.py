@@ -326,7 +326,8 @@ class Check:
         """A draw, built and traced; None where it cannot be."""
         try:
             model, examples = sample.network.build()
-            trial = Trial(model, examples, sample.passes, exact=self.exact, extra={"site": sample.site})
+            exact = self.exact and not sample.at_limit  # other options promise no equality
+            trial = Trial(model, examples, sample.passes, exact=exact, extra={"site": sample.site})
             names = [name for name, _ in sample.network.inputs]
             trial.calibration = calibration_of(examples, names, sample.samples) if sample.samples else None
             made = Inputs(trial.program.inputs, trial.program.examples)

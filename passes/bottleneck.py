@@ -1,0 +1,201 @@
+"""Replaces a convolution by a narrow one between two over single pixels, and a linear layer by a narrow pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fxcompile.contracts import Approximate, Contract, Trained
+from fxcompile.layer_stats import LayerStats, check_finite
+from fxcompile.layers import CONVOLUTIONS
+from fxcompile.program import Program
+from fxcompile.rewriting import Replacement, Site, Skip
+
+from ._chain_fitting import MOST_FEATURES, fitted
+from ._convolutions import chain, even_padding, float64, linear, why_tied
+from ._ranks import RankedPass, energy_rank, rank_for, rounded_down, rounded_up
+from ._relus import with_relus
+from ._separable import as_matrix, singular_values
+from ._tucker import reduced_both, reduced_inputs
+from ._vbmf import evidence_rank
+
+
+class Bottleneck(RankedPass):
+    """conv[O, C, k, k]  =>  conv[R, C, 1, 1], conv[S, R, k, k], conv[O, S, 1, 1]              style=tucker
+                      =>  conv[R, C, 1, 1], conv[O, R, k, k]                                style=inception
+    conv[O, C, 1, 1]  =>  conv[R, C, 1, 1], conv[O, R, 1, 1]        linear[O, C] likewise, in either style
+
+    From the weights alone, the Tucker decomposition over inputs and outputs by alternation (De Lathauwer et al. 2000;
+    Kim et al. 2016), and for one reduction the singular value decomposition. With calibration data the best dense
+    weight W is reduced: to the outputs that vary the most, the leading eigenvectors of W S W^T with the Gram matrix S
+    of the layer's inputs, and to the inputs that matter the most to them; then all layers together are fitted to the
+    error of the outputs, tr(E S E^T). Over single pixels that is reduced-rank regression, the best that there is.
+
+    `rank` as a share takes R and S in the same proportion to C and O; as channels, both are that many. With `energy`
+    either reduction may lose half of what may be lost. `vbmf` takes the ranks that variational Bayes finds to stand out
+    from noise (Nakajima et al. 2013), which are low: such networks want fine-tuning.
+
+    Stride, padding and dilation stay with the k x k layer, groups with all, the bias with the last, unless
+    `activation=relu` puts a ReLU between: then the others have one too, and the first pads for all.
+    """
+
+    name: ClassVar = "bottleneck"
+    contract: ClassVar = Approximate(exact_when="rank gives as many channels as go in and come out")
+
+    style: Literal["tucker", "inception"] = Field(
+        "tucker", description="reduce inputs and outputs of kernels larger than one pixel, or inputs only"
+    )
+    vbmf: bool = Field(False, description="instead of rank: as many channels as stand out from noise in the weight")
+    activation: Literal["none", "relu"] = Field("none", description="what stands between; relu wants fine-tuning")
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if self.vbmf and (self.energy is not None or self.differs("rank")):
+            raise ValueError("give vbmf, or one of rank and energy, not both")
+        return self
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether the weight says how many channels there are, and not its cost or the user."""
+        return self.vbmf or self.energy is not None
+
+    @property
+    def promise(self) -> Contract:
+        """Approximate, or Trained with an activation between."""
+        return Trained() if self.activation == "relu" else self.contract
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        """Convolutions and linear layers."""
+        tied = program.tied()
+        for node, layer in program.layers(*CONVOLUTIONS, nn.Linear):
+            site = Site.of(program, node)
+            reason = why_tied(program, node, tied)
+            uneven = not isinstance(layer, nn.Linear) and even_padding(layer) is None
+            if reason is None and self.activation == "relu" and uneven:
+                reason = "it pads unevenly, and with a bias between the first layer would have to pad for all"
+            if reason is None and not self.by_weight:
+                work = self.work(site)
+                reason = self.too_costly(work.share(self.ranks(site, work)), work.groups)
+            yield Skip.of(node, reason) if reason else site
+
+    def rewrite(self, site: Site) -> Replacement:
+        """The best that is known without held-out data: from the data if there are any, else from the weights."""
+        return list(self.candidates(site))[-1]
+
+    def candidates(self, site: Site) -> Iterator[Replacement]:
+        """What the weights alone give, and what the data do."""
+        check_finite(site.layer.weight, "weights")
+        work, (weight, bias) = self.work(site), float64(site.layer)
+        weight = weight.reshape(*weight.shape, *[1] * (weight.dim() == 2))
+        ranks = self.ranks(site, work)
+
+        def start(wanted: Tensor, gram: Tensor | None = None) -> list[Tensor]:
+            target = wanted.reshape(weight.shape).unflatten(0, (work.groups, -1))
+            if len(ranks) == 2:
+                stages = reduced_both(target, ranks[0], ranks[1], gram)
+            else:
+                stages = reduced_inputs(target, ranks[0], gram)
+            return [stage.flatten(0, 1) for stage in stages]
+
+        known: list[LayerStats | None] = [None]
+        if site.pairs and weight[0].numel() <= MOST_FEATURES:
+            known.append(site.statistics())
+        for stats in known:
+            stages, level = start(weight), bias
+            if stats is not None:
+                stages, level = fitted(stats, weight, bias, work.groups, start, starts=1)
+            layers = self.layers(site.layer, stages, level)
+            yield with_relus(layers, [x for x, _ in site.pairs]) if self.activation == "relu" else layers
+
+    def layers(self, layer: Any, stages: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
+        """The layers with these weights: stride and padding go to the one with the kernel, or the padding, before a
+        ReLU, to the first.
+        """
+        if isinstance(layer, nn.Linear):
+            return [linear(layer, stages[0].flatten(1)), linear(layer, stages[1].flatten(1), bias)]
+        owners = [0 if max(layer.kernel_size) == 1 else 1] * len(layer.kernel_size)
+        return chain(layer, stages, bias, owners, [0] * len(owners) if self.activation == "relu" else owners)
+
+    def work(self, site: Site) -> Work:
+        """What decides the cost of a site's layer."""
+        layer = site.layer
+        if isinstance(layer, nn.Linear):
+            return Work(1, layer.in_features, layer.out_features, 1, 1, 1)
+        dims, taps = len(layer.kernel_size), math.prod(layer.kernel_size)
+        before, after = site.input_shape[-dims:], site.output_shape[-dims:]
+        if taps == 1:
+            before = after
+        elif self.activation == "relu":
+            before = tuple(n + 2 * p for n, p in zip(before, even_padding(layer) or (), strict=True))
+        outputs = layer.out_channels // layer.groups
+        return Work(layer.groups, layer.weight.shape[1], outputs, taps, math.prod(before), math.prod(after))
+
+    def ranks(self, site: Site, work: Work) -> tuple[int, ...]:
+        """Channels between, for each group: R, and S where outputs are reduced too."""
+        both = self.style == "tucker" and work.taps > 1
+        most = work.most if both else work.most[:1]
+        if self.by_weight:
+            weight = float64(site.layer)[0].unflatten(0, (work.groups, -1))
+            sides = (weight, weight.transpose(1, 2))[: len(most)]
+            found = [self.rank_of(side, len(most)) for side in sides]
+            each = [rounded_up(rank, work.groups, self.rounding) for rank in found]
+        elif both and isinstance(self.rank, float):
+            each = [
+                rounded_down(math.floor(size * work.scale(self.rank) + 1e-9), work.groups, self.rounding)
+                for size in (work.inputs, work.outputs)
+            ]
+        else:
+            unit = work.macs((1,)) if not both else 1.0
+            each = [rank_for(self.rank, unit, work.dense, work.groups, self.rounding)] * len(most)
+        return tuple(map(min, each, most))
+
+    def rank_of(self, weight: Tensor, reductions: int) -> int:
+        """Channels that a weight [g, O, C, *k] wants in place of C, if it is one of so many reductions."""
+        if self.energy is None:
+            return max(evidence_rank(matrix) for matrix in as_matrix(weight, ()))
+        return energy_rank(singular_values(weight, ()), 1 - (1 - self.energy) / reductions)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What decides the cost of a layer: channels in each group, taps of the kernel, positions of the maps."""
+
+    groups: int
+    inputs: int
+    outputs: int
+    taps: int
+    before: int
+    after: int
+
+    @property
+    def dense(self) -> float:
+        """MACs of the layer."""
+        return self.groups * self.after * self.taps * self.inputs * self.outputs
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """Channels from which on nothing is gained."""
+        return min(self.inputs, self.taps * self.outputs), min(self.outputs, self.taps * self.inputs)
+
+    def macs(self, ranks: Sequence[int]) -> float:
+        """MACs of the layers with so many channels between."""
+        if len(ranks) == 1:
+            return self.groups * ranks[0] * (self.before * self.inputs + self.after * self.taps * self.outputs)
+        inner, outer = ranks
+        behind = self.after * outer * (self.taps * inner + self.outputs)
+        return self.groups * (self.before * self.inputs * inner + behind)
+
+    def share(self, ranks: Sequence[int]) -> float:
+        """The same as a share of the layer's."""
+        return self.macs(ranks) / self.dense if self.dense else 1.0
+
+    def scale(self, share: float) -> float:
+        """The part of inputs and of outputs that costs this share: the root of a quadratic."""
+        square = self.after * self.taps * self.inputs * self.outputs
+        single = self.before * self.inputs**2 + self.after * self.outputs**2
+        return (math.sqrt(single**2 + 4 * square * share * square) - single) / (2 * square) if square else 1.0
