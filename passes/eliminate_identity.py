@@ -72,8 +72,6 @@ FUNCTIONS: dict[Any, Rule] = {
     torch.cat: always,  # of one tensor
     torch.roll: lambda args: not any(args[0]),
     torch.Tensor.repeat: lambda args: ones(args[0]),
-    torch.Tensor.to: lambda args: len(args) == 1 and isinstance(args[0], torch.dtype),
-    **dict.fromkeys((torch.Tensor.float, torch.Tensor.double, torch.Tensor.half), lambda args: not args),
     F.pad: lambda args: isinstance(args[0], (tuple, list)) and all(amount == 0 for amount in args[0]),
 }
 """Identities wherever their input and output have one shape and dtype."""

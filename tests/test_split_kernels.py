@@ -13,6 +13,7 @@ from fxcompile.passes import SplitKernels
 from fxcompile.passes import _cross as cross
 from fxcompile.passes import _separable as separable
 from fxcompile.passes._ranks import energy_rank, rank_for
+from fxcompile.passes._stack_refining import best_last
 from helpers import Net, printed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -471,3 +472,35 @@ def test_a_layer_of_more_features_than_a_gram_matrix_takes_is_fitted_behind_the_
     wanted = outputs(layer, unseen)
     errors = [error_of(outputs(split(layer, x, data, rank=16).module, unseen), wanted) for data in (None, x)]
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_side_by_side_an_axis_of_one_tap_has_no_branch() -> None:
+    for merge in ("sum", "concat"):
+        result = split(conv(4, 6, 1, 3, 5), randn(2, 4, 3, 6, 7), arrangement="parallel", merge=merge)
+        made = [layer for layer in result.program.module.modules() if isinstance(layer, nn.Conv3d)]
+        assert sorted(tuple(layer.kernel_size) for layer in made) == [(1, 1, 5), (1, 3, 1)]
+
+
+def test_the_metric_of_the_inputs_brings_the_pair_nearer_in_their_norm() -> None:
+    """Nearer than the singular value decomposition of the weight alone, with the same exact last layer on top."""
+    gains = []
+    for seed in range(6):
+        layer, x = conv(4, 8, 3, 3, seed=seed), randn(8, 4, 9, 9, seed=seed)
+        mixed = torch.einsum("dc,nchw->ndhw", torch.diag(torch.tensor([3.0, 1, 0.3, 0.1])).double(), x)
+        rows = patches(layer, mixed).double()[:, 0]
+        gram = (rows.mT @ rows / len(rows))[None]
+        target = layer.weight.detach()[None]
+        errors = []
+        for metric in (separable.input_metric(gram, 4, (3, 3), (0,)), None):
+            first, _ = separable.nearest_pair(target, (0,), 3, metric)
+            second = best_last([first, torch.zeros(1, 8, 3, 1, 3).double()], target, gram)
+            lacks = (separable.compose(first, second) - target).flatten(2)
+            errors.append(float((lacks @ gram * lacks).sum()))
+        site = next(
+            item for item in SplitKernels(rank=3, min_saving=None).sites(trace(layer, x)) if isinstance(item, Site)
+        )
+        kernels = SplitKernels(rank=3, min_saving=None).nearest_pair(site, target[0], gram)
+        lacks = (separable.compose(*[kernel[None] for kernel in kernels]) - target).flatten(2)
+        assert float((lacks @ gram * lacks).sum()) <= errors[0] * (1 + 1e-9)
+        gains.append(errors[0] / errors[1])
+    assert max(gains) < 1

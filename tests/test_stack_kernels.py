@@ -331,6 +331,8 @@ def test_the_option_kernel_picks_by_the_largest_side() -> None:
     for even in (6, 8):
         with pytest.raises(UsageError, match="odd sizes"):
             StackKernels(kernel=even)
+    with pytest.raises(UsageError, match="cannot be 3; give a whole number of at least 5"):
+        StackKernels(kernel=3)
     with pytest.raises(PipelineError, match=r"'kernel' of pass 'stack-kernels' cannot be 6 \(3x3 kernels compose"):
         parse_pipeline("stack-kernels(kernel=6)")
 

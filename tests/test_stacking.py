@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fxcompile.passes import _stack_fitting as fitting
-from fxcompile.passes._relus import relu_shift
+from fxcompile.passes._relus import relu_shift, with_relus
 from fxcompile.passes._stacking import (
     amplification,
     compose,
@@ -307,6 +307,19 @@ def test_a_relu_above_the_calibrated_minimum_changes_nothing(mode: str) -> None:
     assert float((value - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
 
 
+def test_the_lift_above_zero_is_a_quarter_of_the_range() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 5, 3).double(), nn.Conv2d(5, 2, 1).double()]
+    data = [randn(4, 3, 6, 6, seed=seed) for seed in (0, 1)]
+    plain, wanted = torch.cat([layers[0](x) for x in data]), [layers[1](layers[0](x)) for x in data]
+    spread = plain.amax((0, 2, 3)) - plain.amin((0, 2, 3))
+    first, _, second = with_relus(layers, data)
+    lifted = torch.cat([first(x) for x in data])
+    torch.testing.assert_close(lifted.amin((0, 2, 3)), 0.25 * spread)
+    for x, y in zip(data, wanted, strict=True):
+        torch.testing.assert_close(second(first(x)), y)
+
+
 # ---- fitting to the weight -------------------------------------------------------------------------------------------
 
 
@@ -373,6 +386,31 @@ def test_a_matrix_that_rounding_made_indefinite_is_solved_with_more_on_its_diago
     assert torch.allclose(x[0, :2, 0], torch.tensor([1.0, 0.5]).double(), rtol=1e-6)
     assert torch.allclose(x[1, :, 0], torch.tensor([1 / 3, 1.0, 2.0]).double(), rtol=1e-6)
     assert 1e6 < float(x[0, 2, 0]) < math.inf
+
+
+def test_steps_towards_an_inner_stage_are_those_of_conjugate_gradients() -> None:
+    """Each lowers the objective; as many as converge leave nothing over, on systems of scales far apart."""
+    grid, ridge = (7, 7), torch.tensor([1e-6, 1e-3], dtype=torch.float64)
+    left, right = (
+        1e-2 * fitting.spectrum(randn(2, *shape, 3, 3, seed=at), grid) for at, shape in ((1, (6, 3)), (2, (4, 6)))
+    )
+    outer, inner = left.mH @ left, right @ right.mH
+    gradient = 1e-3 * randn(2, 3, 4, 3, 3, seed=3)
+
+    def image(x: Tensor) -> Tensor:
+        whole = fitting.taps(outer @ fitting.spectrum(x, grid) @ inner, grid)[..., :3, :3]
+        return whole + ridge.view(-1, 1, 1, 1, 1) * x
+
+    def objective(x: Tensor) -> Tensor:
+        return (x * (image(x) / 2 - gradient)).flatten(1).sum(1)
+
+    lowest = torch.zeros(2, dtype=torch.float64)
+    for steps in range(1, 12):
+        reached = objective(fitting._gradient_steps(outer, inner, gradient, torch.Size(grid), ridge, steps))
+        assert bool((reached < lowest).all())
+        lowest = reached
+    left_over = gradient - image(fitting._gradient_steps(outer, inner, gradient, torch.Size(grid), ridge, 60))
+    assert float(left_over.norm() / gradient.norm()) < 1e-9
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-2])
