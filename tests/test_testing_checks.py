@@ -21,7 +21,8 @@ from torch import nn
 
 from fxcompile.program import Program
 from fxcompile.rewriting import Pass, Site, Skip
-from fxcompile.testing import Network, PassFailure, Recipe, Step, check_pass, check_pipeline, networks
+from fxcompile.testing import Network, PassFailure, Recipe, Step, check_pass, check_pipeline, networks, promises
+from fxcompile.testing.trial import Trial
 
 torch.set_num_threads(1)
 
@@ -222,6 +223,14 @@ def test_failures_are_kept_and_tried_first(tmp_path: Path) -> None:
     assert any(tmp_path.rglob("*"))
     failure = broken(passes.OneSide(), seed=None, examples=1, database=tmp_path)
     assert failure.promise == "same_function"
+
+
+def test_gradients_that_are_only_rounding_may_become_zero() -> None:
+    """The last norm takes out every scale and shift before it: no gradient but rounding in the model itself."""
+    torch.manual_seed(5)
+    norm = nn.BatchNorm2d(1, affine=False, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1), norm).double().eval()
+    promises.gradients(Trial(model, (torch.randn(1, 1, 1, 3).double(),), (FoldBatchNorm(),), [], exact=False, seed=0))
 
 
 # reproducers

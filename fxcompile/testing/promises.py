@@ -146,9 +146,13 @@ def _trains(program: Program, node: fx.Node) -> set[bool]:
     return {isinstance(held, nn.Parameter) and held.requires_grad}
 
 
+ROUNDING = 1e-10
+"""Size of a gradient in float64 below which it may be zero: weights and inputs of the kit's networks are near 1."""
+
+
 def _flows(gradients: dict[str, Tensor | None]) -> bool:
-    """Whether some gradient is not zero."""
-    return any(gradient is not None and bool(gradient.count_nonzero()) for gradient in gradients.values())
+    """Whether some gradient is more than what rounding leaves of zero, as behind a norm that takes out a scale."""
+    return any(gradient is not None and bool((gradient.abs() > ROUNDING).any()) for gradient in gradients.values())
 
 
 def _gradients(module: fx.GraphModule, examples: Sequence[Tensor], mode: str) -> dict[str, Tensor | None] | None:
