@@ -121,6 +121,21 @@ def divide_in_sight(module: fx.GraphModule) -> None:
             module.set_submodule(str(node.target), _Divided(layer))
 
 
+class _LogSigmoid(nn.Module):
+    """-softplus(-x): the exporter takes the logarithm of a sigmoid, which ONNX Runtime has as 0 below -18 or so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...] -> [...]"""
+        return -F.softplus(-x)
+
+
+def keep_log_sigmoids_finite(module: fx.GraphModule) -> None:
+    """Write log-sigmoids so that they are right far below zero."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.LogSigmoid):
+            module.set_submodule(str(node.target), _LogSigmoid())
+
+
 def export(program: Program, opset: int | None) -> Any:
     """The program as an `onnx_ir` model, each node naming the program's node that it comes from.
 
@@ -130,6 +145,7 @@ def export(program: Program, opset: int | None) -> Any:
     module = program.snapshot().module
     give_attention_four_axes(module)
     divide_in_sight(module)
+    keep_log_sigmoids_finite(module)
     for node in module.graph.nodes:
         node.meta["custom"] = {_NAME: node.name}
     examples, dims = [], []

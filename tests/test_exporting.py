@@ -120,3 +120,12 @@ def test_an_axis_that_the_network_fixes_is_named(tmp_path: Path, axes: tuple[int
     result = PassManager("").run(trace(model, drawn(1, 3, 8, 6)))
     with pytest.raises(EmitError, match=f"takes no other size along axis {axis} of input 'input'; leave that axis out"):
         result.save_onnx(tmp_path / "model.onnx", dynamic={"input": axes})
+
+
+def test_a_log_sigmoid_is_right_far_from_zero(tmp_path: Path) -> None:
+    x = torch.linspace(-100, 100, 801).view(1, -1)
+    model = nn.LogSigmoid()
+    PassManager("", calibration=x).run(trace(model, x)).save_onnx(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (given,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(given).double(), model(x.double()), rtol=1e-6, atol=1e-8)
