@@ -8,7 +8,8 @@ def test_my_pass():
 
 from __future__ import annotations
 
-from fxcompile.testing.checks import PassFailure, Summary, check_pass, check_pipeline
+from fxcompile.testing.checks import Summary, check_pass, check_pipeline
+from fxcompile.testing.failing import PassFailure
 from fxcompile.testing.growing import Recipe
 from fxcompile.testing.network import Network, Step
 from fxcompile.testing.strategies import inputs, networks

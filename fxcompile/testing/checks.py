@@ -7,29 +7,25 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
-from torch import Tensor
 
 from fxcompile.comparing import Broken
 from fxcompile.contracts import Exact
-from fxcompile.drawing import Case, Inputs, search
-from fxcompile.errors import ContractError, FxcompileError
+from fxcompile.drawing import search
 from fxcompile.rewriting import Pass
 from fxcompile.testing import promises, structure
+from fxcompile.testing.failing import PassFailure, Promise, failure_of
 from fxcompile.testing.growing import MOST_STEPS, Recipe, grow
 from fxcompile.testing.learning import learn, reason_of
 from fxcompile.testing.limits import accepted_outside, inside
 from fxcompile.testing.network import Network
-from fxcompile.testing.reproducing import reproducer
+from fxcompile.testing.sampling import Sample, draw_case
 from fxcompile.testing.shrinking import SIMPLEST, shrink
 from fxcompile.testing.strategies import STEP, Tape, tapes
-from fxcompile.testing.trial import Trial, calibration_of
-
-Promise = Callable[[Trial], None]
+from fxcompile.testing.trial import Trial
 
 ALWAYS: tuple[Promise, ...] = (
     promises.completes,
@@ -55,24 +51,6 @@ SOMETIMES: tuple[Promise, ...] = (
 """Looked at on one network in so many, in turns."""
 
 
-class PassFailure(AssertionError):
-    """A pass broke a promise.
-
-    Attributes:
-        promise: the name of the promise, as in `fxcompile.testing.promises` and `structure`.
-        evidence: the figures.
-        network: the smallest network found; None where the options alone break it.
-        reproducer: the text of a Python file that shows it, without Hypothesis.
-    """
-
-    def __init__(self, promise: str, evidence: str, network: Network | None, reproducer: str, message: str) -> None:
-        super().__init__(message)
-        self.promise = promise
-        self.evidence = evidence
-        self.network = network
-        self.reproducer = reproducer
-
-
 @dataclass
 class Summary:
     """What a check has looked at.
@@ -94,28 +72,6 @@ class Summary:
     reasons: Counter[str] = field(default_factory=Counter)
     exported: int = 0
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One draw: a network, and what is looked at.
-
-    Attributes:
-        cases: the inputs to compare on.
-        turn: which of the promises of `SOMETIMES` is looked at.
-        passes: what runs.
-        at_limit: whether an option of theirs stands at a limit, so that they may refuse it.
-        samples: of calibration data; 0 for none.
-        site: which site `only` and `skip` are tried on.
-    """
-
-    network: Network
-    cases: tuple[Case, ...]
-    turn: int
-    passes: tuple[Pass, ...]
-    at_limit: bool
-    samples: int
-    site: int
 
 
 def check_pass(
@@ -198,18 +154,6 @@ def check_pipeline(
     return Check(order, passes).run(networks, recipes, examples, seed, database)
 
 
-def draw_case(tape: Tape) -> Case:
-    """An input to compare on, the simplest first, as `drawing.cases` draws them."""
-    kind = ("impulse", "constant", "normal", "large", "tiny")[tape.below(5)]
-    position = (0.0, 1.0, 0.5, tape.below(256) / 255)[tape.below(4)]
-    return Case(kind, 1 + tape.below(3), position, tape.below(256))
-
-
-def refused(broken: Broken, sample: Sample) -> bool:
-    """Whether passes with an option at its limit have refused that by name, as they may."""
-    return sample.at_limit and isinstance(broken.__cause__, FxcompileError)
-
-
 class Check:
     """One search: what is tried, what was seen, and how a failure is told.
 
@@ -278,12 +222,12 @@ class Check:
 
         def breaks(changed: Sample) -> bool:
             nonlocal last
-            trial = self.trial(changed)
+            trial = changed.trial(self.exact)
             try:
                 if trial is not None and self.focus is not None:
                     self.focus(trial)
             except Broken as broken:
-                if refused(broken, changed):
+                if changed.refused(broken):
                     return False
                 last = str(broken)
                 return True
@@ -305,7 +249,7 @@ class Check:
 
     def _look(self, sample: Sample) -> None:
         """Check one draw; after the first broken promise, that one alone, while the draw shrinks."""
-        trial = self.trial(sample)
+        trial = sample.trial(self.exact)
         counts = self.focus is None
         self.summary.networks += counts
         if trial is None:
@@ -315,26 +259,12 @@ class Check:
             try:
                 promise(trial)
             except Broken as broken:
-                if refused(broken, sample):
+                if sample.refused(broken):
                     return
                 self.focus = promise
                 raise
         if counts:
             self._count(trial, sample)
-
-    def trial(self, sample: Sample) -> Trial | None:
-        """A draw, built and traced; None where it cannot be."""
-        try:
-            model, examples = sample.network.build()
-            exact = self.exact and not sample.at_limit  # other options promise no equality
-            trial = Trial(model, examples, sample.passes, exact=exact, extra={"site": sample.site})
-            names = [name for name, _ in sample.network.inputs]
-            trial.calibration = calibration_of(examples, names, sample.samples) if sample.samples else None
-            made = Inputs(trial.program.inputs, trial.program.examples)
-        except (FxcompileError, RuntimeError, ValueError):
-            return None
-        trial.inputs = [made.make(case) for case in sample.cases]
-        return trial
 
     def _count(self, trial: Trial, sample: Sample) -> None:
         sites = len(trial.kept)
@@ -352,7 +282,7 @@ class Check:
             PassFailure: a file does not compute what the model does.
         """
         for sample in sorted(self.rewritten, key=lambda item: -len(item.network.steps))[:count]:
-            trial = self.trial(sample)
+            trial = sample.trial(self.exact)
             assert trial is not None
             self.focus = promises.same_in_onnx
             try:
@@ -362,59 +292,6 @@ class Check:
             self.summary.exported += 1
 
     def _failure(self, sample: Sample, evidence: str) -> PassFailure:
-        promise: Any = self.focus
-        trial = self.trial(sample)
+        trial = sample.trial(self.exact)
         assert trial is not None
-        names = ", ".join(map(str, sample.passes))
-        sentence = (promise.__doc__ or "").strip().partition("\n")[0].rstrip(".")
-        title = f"{names} breaks a promise: {sentence}"
-        if promise is promises.same_function and self._trace_is_wrong(trial):
-            title = f"the traced network is not the model, whatever {names} does; this is a bug of fxcompile"
-            promise = promises.faithful_trace
-        comparisons = self._breaking(promise, trial, sample)
-        text = reproducer(
-            title,
-            evidence,
-            sample.network,
-            sample.passes,
-            comparisons,
-            promise=promise.__name__,
-            home=promise.__module__,
-            seed=trial.seed,
-            exact=trial.exact,
-            samples=sample.samples,
-            extra=trial.extra if promise is structure.selection else None,
-        )
-        on = f" on {comparisons[0][0]}" if comparisons and promise is promises.same_function else ""
-        message = f"{title}\n{evidence}{on}\n{self._second_opinion(promise, trial)}\n{text}"
-        return PassFailure(promise.__name__, evidence, sample.network, text, message)
-
-    def _trace_is_wrong(self, trial: Trial) -> bool:
-        try:
-            promises.faithful_trace(trial)
-        except Broken:
-            return True
-        return False
-
-    def _breaking(self, promise: Promise, trial: Trial, sample: Sample) -> list[tuple[Case, tuple[Tensor, ...]]]:
-        """The inputs of a draw, one that breaks the promise by itself first."""
-        pairs = list(zip(sample.cases, trial.inputs, strict=True))
-        for pair in pairs:
-            trial.inputs = [pair[1]]
-            try:
-                promise(trial)
-            except Broken:
-                return [pair, *(other for other in pairs if other is not pair)]
-        trial.inputs = [inputs for _, inputs in pairs]
-        return pairs
-
-    def _second_opinion(self, promise: Promise, trial: Trial) -> str:
-        """Whether the compiler's own verification sees what was found here, as it must for a wrong function."""
-        if promise is not promises.same_function or not trial.is_exact:
-            return ""
-        try:
-            trial.run(verify="raise", verify_examples=20)
-        except Broken as broken:
-            seen = isinstance(broken.__cause__, ContractError)
-            return "The pass manager's own verification finds it, too." if seen else ""
-        return "The pass manager's own verification does NOT find it: please report that, too."
+        return failure_of(self.focus, sample, trial, evidence)
