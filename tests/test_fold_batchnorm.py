@@ -323,6 +323,12 @@ LEAVES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "the weight is tied to two others": (
         lambda: tie(Net(lambda m, x: m.bn(m.c(x)) + m.d(x) + m.e(x), c=nn.Conv2d(4, 4, 3), d=nn.Conv2d(4, 4, 3),
                         e=nn.Conv2d(4, 4, 3), bn=BN(4)), "d", "e"), (), "'c' shares its weight with 'd', 'e'"),
+    "the layer after it is called twice": (
+        lambda: Net(lambda m, x: m.c(m.bn(x.relu())) + m.c(x), c=nn.Conv2d(4, 4, 3), bn=BN(4)), (),
+        "into none after it ('c' is called 2 times)"),
+    "the layer after it shares its weight": (
+        lambda: tie(Net(lambda m, x: m.c(m.bn(x.relu())) + m.d(x), c=nn.Conv2d(4, 4, 3), d=nn.Conv2d(4, 4, 3),
+                        bn=BN(4))), (), "into none after it ('c' shares its weight with 'd')"),
     "it keeps no statistics": (without_statistics, (), "normalises by the batch"),
     "linear works on another axis": (
         lambda: Sequential(nn.Linear(7, 5), nn.BatchNorm1d(4)), (2, 4, 7), "gives its channels on axis 2"),

@@ -427,6 +427,8 @@ def test_no_solve_raises_the_objective(ridge: float) -> None:
         assert bool((error <= reached * (1 + 1e-10)).all())
         reached = error
     assert bool((reached < 0.5 * first).all())
+    sizes = sum(stage.flatten(1).square().sum(1) for stage in stages)
+    torch.testing.assert_close(reached - fitting._error(weight, stages), ridge * sizes)
 
 
 def gradient_of(weight: Tensor, stages: Sequence[Tensor]) -> float:
