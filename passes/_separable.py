@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, linalg
 
+from ._stack_refining import cholesky_factor
+
 _ROUNDS = 5
 """Of alternation towards the nearest Kronecker product; each halves what is left, or better."""
 
@@ -60,16 +62,28 @@ def nearest_pair(weight: Tensor, axes: Sequence[int], rank: int, metric: Tensor 
     """
     matrix = as_matrix(weight, axes)
     if metric is None:
-        u, s, vh = linalg.svd(matrix, full_matrices=False)
-        left = u
+        left, right = _low_rank(matrix, rank)
     else:
-        values, vectors = linalg.eigh(metric)
-        floor = 1e-10 * values[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
-        root = values.clamp_min(floor).sqrt()
-        u, s, vh = linalg.svd(root.unsqueeze(2) * (vectors.mT @ matrix), full_matrices=False)
-        left = vectors @ (u / root.unsqueeze(2))
-    scale = s[:, :rank].sqrt()
-    return as_pair(left[:, :, :rank] * scale.unsqueeze(1), scale.unsqueeze(2) * vh[:, :rank], weight.shape, axes)
+        root = cholesky_factor(metric, 1e-10)
+        left, right = _low_rank(root.mT @ matrix, rank)
+        left = linalg.solve_triangular(root.mT, left, upper=True)
+    return as_pair(left, right, weight.shape, axes)
+
+
+def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """[g, n, m] -> [g, n, r], [g, r, m]: the nearest product, its factors of one size.
+
+    A projection on the leading eigenvectors of the smaller Gram matrix, in a quarter of the time of a singular value
+    decomposition; where r is all, their span is, whatever rounding does to each.
+    """
+    if matrix.shape[1] > matrix.shape[2]:
+        left, right = _low_rank(matrix.mT, rank)
+        return right.mT, left.mT
+    values, vectors = linalg.eigh(matrix @ matrix.mT)
+    left = vectors[:, :, -rank:].flip(2)
+    scale = values[:, -rank:].flip(1).clamp_min(0).pow(0.25)
+    scale = torch.where(scale > 1e-3 * scale[:, :1], scale, 1.0)
+    return left * scale.unsqueeze(1), (left.mT @ matrix) / scale.unsqueeze(2)
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def best_last(stages: list[Tensor], target: Tensor, moments: Tensor) -> Tensor:
     last = stages[-1]
     design = _design(_prefix(stages, len(stages) - 1, target.shape[3:]), last.shape[3:])
     seen = design @ moments
-    factor = _factor(seen @ design.mT, 1e-10)
+    factor = cholesky_factor(seen @ design.mT, 1e-10)
     return torch.cholesky_solve(seen @ target.flatten(2).mT, factor).mT.reshape(last.shape)
 
 
@@ -148,7 +148,7 @@ def _coordinates(stages: list[Tensor], moments: Tensor, grid: Sequence[int]) -> 
         design = _design(_prefix(stages, at, grid), reach) if at else None
         seen = moments if design is None else design @ moments @ design.mT
         if at == len(stages) - 1:
-            found.append((None, _factor(seen, 1e-10), tuple(x.shape)))
+            found.append((None, cholesky_factor(seen, 1e-10), tuple(x.shape)))
             continue
         joint = seen.unflatten(2, (x.shape[2], -1)).unflatten(1, (x.shape[2], -1))  # [g, c, w, d, w']
         between_taps, between_channels = joint.diagonal(dim1=1, dim2=3).sum(3), joint.diagonal(dim1=2, dim2=4).sum(3)
@@ -157,7 +157,9 @@ def _coordinates(stages: list[Tensor], moments: Tensor, grid: Sequence[int]) -> 
         outward = _design(crop(after, extent), x.shape[3:]).unflatten(2, (after.shape[2], -1))
         hessian = (outward @ between_taps[:, None]).flatten(2) @ outward.flatten(2).mT
         trace = between_taps.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        found.append((_factor(hessian, _DAMPING), _factor(between_channels / trace, _DAMPING), tuple(x.shape)))
+        found.append(
+            (cholesky_factor(hessian, _DAMPING), cholesky_factor(between_channels / trace, _DAMPING), tuple(x.shape))
+        )
     return found
 
 
@@ -197,7 +199,7 @@ def _design(kernel: Tensor, reach: Sequence[int]) -> Tensor:
     return design.flatten(2 + len(reach)).flatten(1, 1 + len(reach))
 
 
-def _factor(gram: Tensor, damping: float) -> Tensor:
+def cholesky_factor(gram: Tensor, damping: float) -> Tensor:
     """Cholesky factor of `gram` [g, n, n], semidefinite, with `damping` of its mean diagonal added, or more."""
     level = gram.diagonal(dim1=1, dim2=2).mean(1)
     while True:

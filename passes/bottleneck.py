@@ -108,7 +108,7 @@ class Bottleneck(RankedPass):
         for stats in known:
             stages, level = start(weight), bias
             if stats is not None:
-                stages, level = fitted(stats, weight, bias, work.groups, start, starts=1)
+                stages, level = fitted(stats, weight, bias, work.groups, start, near=True)
             layers = self.layers(site.layer, stages, level)
             yield with_relus(layers, [x for x, _ in site.pairs]) if self.activation == "relu" else layers
 

@@ -121,8 +121,8 @@ class SplitKernels(RankedPass):
                 pair = self.nearest_pair(site, weight)
             else:
                 pair, bias = fitted(
-                    stats, weight, bias, conv.groups, lambda *wanted: self.nearest_pair(site, *wanted), starts=1
-                )  # random starts never ended lower than that of the decomposition
+                    stats, weight, bias, conv.groups, lambda *wanted: self.nearest_pair(site, *wanted), near=True
+                )
             layers = self.layers(conv, pair, bias)
             yield with_relus(layers, [x for x, _ in site.pairs]) if self.activation == "relu" else layers
 
