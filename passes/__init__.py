@@ -3,8 +3,17 @@
 from .bottleneck import Bottleneck
 from .eliminate_identity import EliminateIdentity
 from .fold_batchnorm import FoldBatchNorm
+from .group_shuffle import GroupShuffle
 from .head_to_conv import HeadToConv
 from .split_kernels import SplitKernels
 from .stack_kernels import StackKernels
 
-__all__ = ["Bottleneck", "EliminateIdentity", "FoldBatchNorm", "HeadToConv", "SplitKernels", "StackKernels"]
+__all__ = [
+    "Bottleneck",
+    "EliminateIdentity",
+    "FoldBatchNorm",
+    "GroupShuffle",
+    "HeadToConv",
+    "SplitKernels",
+    "StackKernels",
+]

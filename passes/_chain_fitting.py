@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from fxcompile.layer_stats import LayerStats, grouped, mean_output
 
 from ._stacking import compose, refine
 
+Made = TypeVar("Made")
+
 MOST_FEATURES = 4608
 """Largest number of inputs to one output (C/g * kernel) for which a Gram matrix of them is made: 170 MB."""
 
@@ -18,6 +21,29 @@ _STEP = 1e10
 """Operations of a joint step above which a start that is fitted to the data already stays as it is: steps bring it a
 few percent, and a dozen take longer than all else.
 """
+
+
+def fitted_by(
+    stats: LayerStats,
+    weight: Tensor,
+    bias: Tensor | None,
+    fit: Callable[[Tensor, Tensor], tuple[Made, Tensor]],
+) -> tuple[Made, Tensor | None]:
+    """What a fit makes of a layer, and the bias, so that the outputs come nearest to the wanted ones.
+
+    sum |V x + b - y|² + a |V - W|² is, but for a constant, tr(E (S + a I) Eᵀ) with E = W* - V and W* the best dense
+    weight (`solve`): so what computes V is fitted to W* in the norm that the data give.
+
+    Args:
+        stats: of the layer, whose weight [O, C/g, *k] and bias are given.
+        fit: from W* and S [g, F, F], what it makes, and the dense weight V of that.
+    """
+    moments = stats.raw() if bias is None else stats.centred()
+    wanted, level = solve(stats, weight, bias)
+    made, dense = fit(wanted, moments.gram / stats.rows)
+    if level is None:
+        return made, None
+    return made, level + mean_output(grouped(wanted - dense, stats), None, stats)
 
 
 def fitted(
@@ -29,10 +55,7 @@ def fitted(
     *,
     near: bool = False,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Stages and bias whose outputs come nearest to the wanted ones.
-
-    sum |chain x + b - y|² + a |chain - W|² is, but for a constant, tr(E (S + a I) Eᵀ) with E = W* - chain and W* the
-    best dense weight (`solve`): so the chain is fitted to W* in the norm that the data give.
+    """Stages and bias whose outputs come nearest to the wanted ones, as `fitted_by` says.
 
     Args:
         stats: of the layer, whose weight [O, C/g, *k] and bias are given.
@@ -40,12 +63,11 @@ def fitted(
         near: whether these are fitted to the data already. Then no random ones are tried beside them, which never ended
             lower for a singular value decomposition.
     """
-    moments = stats.raw() if bias is None else stats.centred()
-    gram = moments.gram / stats.rows
-    wanted, level = solve(stats, weight, bias)
-    stages = list(start(wanted, gram))
-    if not near or 2 * weight.numel() * stats.features <= _STEP:
-        stages = refine(stages, wanted, gram, groups, starts=1 if near else None)
-    if level is None:
-        return stages, None
-    return stages, level + mean_output(grouped(wanted - compose(stages, groups), stats), None, stats)
+
+    def fit(wanted: Tensor, gram: Tensor) -> tuple[list[Tensor], Tensor]:
+        stages = list(start(wanted, gram))
+        if not near or 2 * weight.numel() * stats.features <= _STEP:
+            stages = refine(stages, wanted, gram, groups, starts=1 if near else None)
+        return stages, compose(stages, groups)
+
+    return fitted_by(stats, weight, bias, fit)

@@ -92,7 +92,7 @@ class _Problem:
             moved = balance(found)
             moved[-1] = best_last(moved, self.target, self.moments)
             coordinates = _coordinates(moved, self.moments, self.grid)
-            found = self.better(_descend(moved, coordinates, self.objective, min(steps - done, _ROUND)), found)
+            found = self.better(descend(moved, coordinates, self.objective, min(steps - done, _ROUND)), found)
             if bool(self.objective(found)[0].sum() > _ENOUGH * before):
                 break
         return found
@@ -102,7 +102,7 @@ Coordinates = tuple[Tensor | None, Tensor, tuple[int, ...]]
 """Factors A and B, and the shape [g, rows, columns, *k], of X = A^-T Y B^-1, with X arranged as a matrix."""
 
 
-def _descend(
+def descend(
     stages: list[Tensor],
     coordinates: list[Coordinates],
     objective: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]],

@@ -1,0 +1,31 @@
+"""Channels put in another order, by the layer that networks write for it where there is one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Reorder(nn.Module):
+    """Channels `order` of the input, in that order."""
+
+    order: Tensor
+
+    def __init__(self, order: Tensor, axis: int) -> None:
+        super().__init__()
+        self.register_buffer("order", order)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C, *positions] -> the same, C on this axis"""
+        return torch.index_select(x, self.axis, self.order)
+
+
+def shuffle(groups: int, ins: int, outs: int, width: int, axis: int) -> nn.Module:
+    """Channels (g, a, b, r) in the order (g, b, r, a), for each of so many groups; a channel shuffle where there is one
+    group, and samples in a batch.
+    """
+    if groups == 1 and axis == 1:
+        return nn.ChannelShuffle(ins)
+    order = torch.arange(groups * ins * outs * width).reshape(groups, ins, outs * width)
+    return Reorder(order.mT.flatten(), axis)
