@@ -44,6 +44,25 @@ def test_without_a_line_it_is_broken_on_the_smallest_network(tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "shown"),
+    [
+        ("            first.padding,\n", "            first.padding[0],\n", r"nn\.Conv2d\(.*padding=(\(|'same')"),
+        (
+            "(first.groups, second.groups, second.stride, any(second.padding)) != (1, 1, (1, 1), False)",
+            "(first.groups, second.groups, second.stride) != (1, 1, (1, 1))",
+            r"conv2 = nn\.Conv2d\(1, 1, 1, [^)]*padding=",
+        ),
+    ],
+    ids=["padding taken for square", "padding of the second forgotten"],
+)
+def test_a_setting_that_is_seldom_used_is_found(right: str, wrong: str, shown: str, tmp_path: Path) -> None:
+    assert PASS.count(right) == 1
+    done = pytest_in(tmp_path, PASS.replace(right, wrong))
+    assert done.returncode == 1
+    assert re.search(shown, done.stdout), done.stdout
+
+
 @pytest.mark.parametrize("merged", [True, False])
 def test_the_pass_merges_what_it_says(merged: bool, tmp_path: Path) -> None:
     (tmp_path / "merge_pointwise.py").write_text(PASS)

@@ -18,9 +18,14 @@ _TABLES = (norms, elementwise, resampling, rearranging, composites)  # they ente
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps to plant together, each as a `Step` whose sources count steps of the recipe; others are free."""
+    """Steps to plant together, each as a `Step` whose sources count steps of the recipe; others are free.
+
+    Attributes:
+        dims: how many axes the maps must have, 1 to 3, or None where any do.
+    """
 
     steps: tuple[Step, ...]
+    dims: int | None = None
 
     def __repr__(self) -> str:
         return f"Recipe({' > '.join(step.kind for step in self.steps)})"
@@ -95,7 +100,9 @@ def grow(picker: Picker, recipes: Sequence[Recipe] = (), most: int = MOST_STEPS,
     """
     draft = Draft(picker)
     picker.turn(0)
-    begin(draft, Step("inputs"))
+    leads = recipes[:CHOICES]
+    dims = leads[picker.below(len(leads))].dims if leads else None
+    begin(draft, Step("inputs", () if dims is None else (("dims", dims),)))
     planted = Planted(recipes, habit)
     for number in range(1, most + 1):
         picker.turn(number)
@@ -115,9 +122,13 @@ class SimplestPicker:
         return 0
 
 
-def regrow(steps: Sequence[Step]) -> tuple[Network, Draft]:
-    """The network of these steps, as far as they fit; where one does not, the simplest choice. And its draft."""
-    draft = Draft(SimplestPicker(), strict=True)
+def regrow(steps: Sequence[Step], picker: Picker | None = None) -> tuple[Network, Draft]:
+    """The network of these steps, as far as they fit; what they leave open is picked. And its draft.
+
+    Args:
+        picker: by default the simplest choice.
+    """
+    draft = Draft(picker or SimplestPicker(), strict=True)
     begin(draft, steps[0])
     made = {0: 0}
     for index, step in enumerate(steps[1:-1], 1):
@@ -155,9 +166,9 @@ def write(d: Draft, step: Step, sources: Sequence[tuple[int, int]] = ()) -> bool
 class Planted:
     """What is planted in a network: the recipe that is under way, and what of it is done.
 
-    Half of the time it is copied with its choices, of which some then differ; else loosely, its steps with whatever
-    choices, so that what matters to a site and what does not both vary; or plainly, most choices being the simplest,
-    as what misses a site by one option becomes one.
+    Half of the time it is copied with its choices, of which some then differ; or all but one are, so that each setting
+    that matters is missed by itself; or it is planted plainly, most choices being the simplest, as what misses a site
+    by one option becomes one.
     """
 
     def __init__(self, recipes: Sequence[Recipe], habit: int = HABIT) -> None:
@@ -166,7 +177,8 @@ class Planted:
         self.pending: list[tuple[int, Step]] = []
         self.made: dict[int, int] = {}
         self.fresh = False
-        self.manner = "copied"
+        self.plain = False
+        self.missed: tuple[int, str] | None = None
 
     def step(self, d: Draft) -> None:
         """One more step: of the recipe that is under way, or any."""
@@ -180,10 +192,7 @@ class Planted:
             write(d, Step(COMPANIONS[at % len(COMPANIONS)]))
             return
         elif self.recipes and at >= ANYTHING:
-            self.pending = list(
-                enumerate(self.recipes[(at - ANYTHING) * len(self.recipes) // (CHOICES - ANYTHING)].steps)
-            )
-            self.made, self.manner = {}, ("copied", "copied", "loose", "plain")[d.picker.below(4)]
+            self.start(self.recipes[(at - ANYTHING) * len(self.recipes) // (CHOICES - ANYTHING)], d.picker)
             self.follow(d)
             return
         usual = USUAL.get(d.steps[-1].kind, ()) if d.picker.below(self.habit) else ()
@@ -192,14 +201,23 @@ class Planted:
         else:
             write(d, Step(FREE[at % len(FREE)]))
 
+    def start(self, recipe: Recipe, picker: Picker) -> None:
+        """Make a recipe the one that is under way."""
+        self.pending, self.made = list(enumerate(recipe.steps)), {}
+        manner = ("copied", "copied", "missed", "plain")[picker.below(4)]
+        choices = [(index, name) for index, step in self.pending for name, _ in step.choices if name not in SIZES]
+        at = picker.below(CHOICES)
+        self.plain = manner == "plain"
+        self.missed = choices[at % len(choices)] if manner == "missed" and choices else None
+
     def follow(self, d: Draft) -> None:
         """The next step of the recipe."""
         index, step = self.pending.pop(0)
         self.fresh = not self.pending
-        copied = self.manner == "copied"
-        choices = tuple(choice for choice in step.choices if choice[0] not in SIZES) if copied else ()
-        d.plain = self.manner == "plain"
-        if write(d, Step(step.kind, choices), [(self.made.get(number, ANY), which) for number, which in step.sources]):
+        choices = [choice for choice in step.choices if choice[0] not in SIZES and (index, choice[0]) != self.missed]
+        planted = Step(step.kind, () if self.plain else tuple(choices))
+        d.plain = self.plain
+        if write(d, planted, [(self.made.get(number, ANY), which) for number, which in step.sources]):
             self.made[index] = len(d.steps) - 1
         d.plain = False
 

@@ -3,12 +3,14 @@
 Random networks alone rarely hold a site. So the steps behind each site found, with what stands around it, are kept as
 recipes, and so are those behind a `Skip`, one group for each reason. A planted recipe is chosen like any step, and each
 of its choices is now and then another one: one kernel size, one group, one padding off is the nearest miss of all.
+Beside each group stands a recipe in which all choices that do not matter are open (see `loosening`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import zip_longest
 
@@ -19,8 +21,11 @@ from fxcompile.errors import FxcompileError
 from fxcompile.program import Program
 from fxcompile.raw_nodes import PLACE
 from fxcompile.rewriting import Pass, Site
-from fxcompile.testing.growing import ANY, RandomPicker, Recipe, grow
+from fxcompile.testing.drafting import CHOICES
+from fxcompile.testing.growing import ANY, ANYTHING, RandomPicker, Recipe, grow
+from fxcompile.testing.loosening import alone, loosened
 from fxcompile.testing.network import FILENAME, Network, Step
+from fxcompile.testing.shrinking import COMPOSITES
 from fxcompile.tracing import trace
 
 PLAIN = 80
@@ -34,12 +39,21 @@ PLANTED = 30
 MOST_PLANTED = 120
 
 FAMILIES = (
-    ("convolution", "transposed convolution"),
+    ("convolution", "transposed convolution", "separable", "residual"),
     ("activation", "prelu"),
     ("batch norm", "instance norm", "group norm"),
     ("pool", "adaptive pool", "global pool"),
 )
 """Steps that a pass may treat alike, and be wrong for one: where one of them makes a site, the others are tried."""
+
+MOST_LOOSENED = 300
+"""Networks to look at for what matters in what was found; what is under way then is still finished."""
+
+MOST_RELATIVES = 30
+"""Relatives of sites to look at."""
+
+KIN = 3
+"""Networks for each of them."""
 
 LONG = 24
 """Steps of a plain network: what is around a site is all that is kept of it."""
@@ -52,65 +66,118 @@ EACH = 4
 
 
 def learn(passes: Sequence[Pass]) -> list[Recipe]:
-    """Recipes for the sites of passes and, as often, for what they skip; each pattern and each reason as any other.
+    """Recipes for the sites of passes and for what they skip; each pattern and each reason as often as any other.
 
     What was found in plain networks is planted in others and looked at again, as one thing leads to another; so is the
-    same with one step of another kind.
+    same with one step of another kind. Half of what is planted in the end leaves open whatever does not matter.
     """
-    sites: dict[str, list[Recipe]] = {}
-    skips: dict[str, list[Recipe]] = {}
-
-    def note(found: tuple[Network, Program] | None) -> None:
-        for is_site, key, made in examine(passes, *found) if found is not None else ():
-            group = (sites if is_site else skips).setdefault(key, [])
-            if made not in group and len(group) < EACH:
-                group.append(made)
-
+    lessons = Lessons(passes)
     for index in range(MOST):
-        if index >= PLAIN and (sites or skips):
+        if index >= PLAIN and (lessons.sites or lessons.skips):
             break
-        note(plain(index))
-    for index in range(MOST_PLANTED if skips else PLANTED):
-        if index >= PLANTED and sites:
+        lessons.note(plain(index))
+    lessons.loosen()
+    left = PLANTED
+    for index in range(MOST_PLANTED if lessons.skips else PLANTED):
+        lessons.note(traced(grow(RandomPicker(MOST + index), lessons.recipes(), LONG, LEARNING)))
+        left -= bool(lessons.sites)
+        if not left:
             break
-        note(planted(index, sites, skips))
-    relatives = [made for group in sites.values() for made in kin(group[0])]
-    for index in range(PLANTED if relatives else 0):
-        note(traced(grow(RandomPicker(MOST + MOST_PLANTED + index), relatives, LONG, LEARNING)))
-    return mixed(sites, skips)
+    lessons.loosen()
+    for relative, inputs in lessons.relatives():
+        for seed in range(KIN):
+            lessons.note(traced(alone(relative, inputs, seed)))
+    lessons.loosen()
+    return lessons.recipes()
 
 
-def kin(recipe: Recipe) -> Iterator[Recipe]:
+Group = list[tuple[Recipe, Step]]
+"""Recipes, and the first step of a network in which each was found."""
+
+
+class Lessons:
+    """What was found so far: sites by their patterns, and skips by their reasons."""
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        self.passes = passes
+        self.sites: dict[str, Group] = {}
+        self.skips: dict[str, Group] = {}
+        self.loose: dict[str, Recipe | None] = {}
+        self.looked = 0
+
+    def note(self, found: tuple[Network, Program] | None) -> None:
+        """Keep what a network has, unless there is enough of the kind."""
+        if found is None:
+            return
+        for is_site, key, made in examine(self.passes, *found):
+            group = (self.sites if is_site else self.skips).setdefault(key, [])
+            if len(group) < EACH and all(made != other for other, _ in group):
+                group.append((made, found[0].steps[0]))
+
+    def loosen(self) -> None:
+        """Find what matters in each group in which that was not yet looked for, sites first."""
+        for groups in (self.sites, self.skips):
+            for key, group in groups.items():
+                if key in self.loose:
+                    continue
+
+                def holds(network: Network, wanted: tuple[bool, str] = (groups is self.sites, key)) -> bool:
+                    self.looked += 1
+                    found = traced(network)
+                    return found is not None and any(item[:2] == wanted for item in examine(self.passes, *found))
+
+                small = sorted(group, key=lambda item: len(item[0].steps))
+                tries = (loosened(*item, holds) for item in small if self.looked < MOST_LOOSENED)
+                self.loose[key] = next((made for made in tries if made is not None), None)
+
+    def recipes(self) -> list[Recipe]:
+        """One list, two sites for one skip, in which all groups of either have the same share: short ones are repeated.
+
+        Every other recipe of a group is the loosened one.
+        """
+        sites, skips = self.turns(self.sites), self.turns(self.skips)
+        rounds = min(max(-(-len(sites) // 2), len(skips)), (CHOICES - ANYTHING) // 3)
+        made: list[Recipe] = []
+        for index in range(rounds):
+            made += [sites[(2 * index + turn) % len(sites)] for turn in (0, 1) if sites]
+            made += [skips[index % len(skips)]] if skips else []
+        return made
+
+    def turns(self, groups: Mapping[str, Group]) -> list[Recipe]:
+        """The recipes of groups, the first of each group before the second of any.
+
+        Groups of single layers come twice: with these, more settings can be had than within a residual block.
+        """
+        made: list[Recipe] = []
+        for turn in range(EACH):
+            for key, group in groups.items():
+                free, (exact, _) = self.loose.get(key), group[turn % len(group)]
+                pair = [exact, exact] if free is None else [replace(exact, dims=free.dims), free]
+                composite = any(step.kind in COMPOSITES for step in group[0][0].steps)
+                made += pair if composite else pair * 2
+        return made
+
+    def relatives(self) -> list[tuple[Recipe, Step]]:
+        """What is like a site but for the kind of one step: of each group in turn, as many as are looked at."""
+        found = [list(kin(*group[0])) for group in self.sites.values()]
+        turns = [item for some in zip_longest(*found) for item in some if item is not None]
+        return turns[:MOST_RELATIVES]
+
+
+def kin(recipe: Recipe, inputs: Step) -> Iterator[tuple[Recipe, Step]]:
     """The recipe with one step of another kind of the same family."""
     for index, step in enumerate(recipe.steps):
         for family in FAMILIES:
             for kind in family if step.kind in family else ():
                 if kind != step.kind:
-                    changed = Step(kind, (), step.sources)
-                    yield Recipe((*recipe.steps[:index], changed, *recipe.steps[index + 1 :]))
-
-
-def mixed(sites: Mapping[str, Sequence[Recipe]], skips: Mapping[str, Sequence[Recipe]]) -> list[Recipe]:
-    """One list in which sites and skips have the same share, and all groups of either: short ones are repeated."""
-    made: list[list[Recipe]] = []
-    longest = max((EACH * len(groups) for groups in (sites, skips)), default=0)
-    for groups in (sites, skips):
-        turns = [group[turn % len(group)] for turn in range(EACH) for group in groups.values()]
-        made.append([turns[index % len(turns)] for index in range(longest)] if turns else [])
-    return [recipe for pair in zip_longest(*made) for recipe in pair if recipe is not None]
+                    changed = replace(step, kind=kind)
+                    yield replace(recipe, steps=(*recipe.steps[:index], changed, *recipe.steps[index + 1 :])), inputs
 
 
 @lru_cache(MOST)
 def plain(index: int) -> tuple[Network, Program] | None:
     """The plain network of a number, traced; None where it cannot be."""
     return traced(grow(RandomPicker(index), (), LONG, LEARNING))
-
-
-def planted(
-    index: int, sites: Mapping[str, Sequence[Recipe]], skips: Mapping[str, Sequence[Recipe]]
-) -> tuple[Network, Program] | None:
-    """A network in which is planted what was found so far, traced."""
-    return traced(grow(RandomPicker(MOST + index), mixed(sites, skips), LONG, LEARNING))
 
 
 def traced(network: Network) -> tuple[Network, Program] | None:
