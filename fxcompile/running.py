@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxcompile.calibration import Calibration
 from fxcompile.comparing import Broken
@@ -184,11 +184,11 @@ class Run:
             with self.watch.stage("verification"):
                 report.reason = self._check_exact(pass_, site, local)
         following = site.nodes[-1].next
-        stands_here = data is not None and data.walk.next in site.nodes
+        resumed = first_outside(data.walk.next, site) if data is not None else None
         made = splicer.replace(site, fragment)
         self.made[key] = replacement, report.error
-        if data is not None and stands_here:
-            data.walk.resume_at(made[0] if made else following)
+        if data is not None and resumed is not None:
+            data.walk.resume_at(made[0] if made and resumed is following else resumed)
         report.outcome, report.change = "kept", describe_change(site, replacement)
 
     # verification
@@ -327,6 +327,18 @@ def _cost(fragment: Fragment, batch: int) -> Cost:
 def _distance(fit: Fitted) -> float:
     """The error of a fit, to choose by: what is not a number is the worst."""
     return math.inf if fit[1] is None or math.isnan(fit[1]) else fit[1]
+
+
+def first_outside(node: fx.Node | None, site: Site) -> fx.Node | None:
+    """The node that comes next in the graph, from one of a site's on, and is not the site's; None from elsewhere.
+
+    It may stand between two of the site's nodes; what replaces them comes after it, where the last of them was.
+    """
+    if node not in site.nodes:
+        return None
+    while node in site.nodes:
+        node = node.next
+    return node
 
 
 def describe_change(site: Site, replacement: Replacement) -> str:

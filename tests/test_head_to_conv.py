@@ -214,3 +214,19 @@ def test_the_kit_finds_nothing(style: str) -> None:
     summary = check_pass(HeadToConv(style=style), examples=80, seed=2, onnx_examples=2)  # type: ignore[arg-type]
     assert summary.with_sites > 15
     assert summary.exported == 2
+
+
+def test_what_stands_between_the_nodes_of_a_site_is_computed_for_those_behind_it() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first, self.second = nn.Conv2d(2, 3, 1), nn.Linear(24, 4), nn.Linear(36, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            flat, other = x.flatten(1), self.conv(x)
+            return self.first(flat), self.second(other.flatten(1))
+
+    data = randn(40, 2, 4, 3, seed=1)
+    result = convolved(Two(), data[:2], calibration=data, style="pool")
+    assert [site.outcome for site in result.record.passes[0].sites] == ["kept", "kept"]
+    assert kinds(result).count("Linear") == 0
