@@ -58,7 +58,8 @@ Softmax, tanh, softplus, mish and erf are right relative to their output.
 class NoisyInterpreter(DoubleInterpreter):
     """The same, each layer's output off by as much as rounding may put it, drawn from a seed.
 
-    That is `amplitude * max|y|`, and a machine epsilon of the program's dtype where a kernel is no better than that.
+    That is `amplitude * max|y|`, a machine epsilon of the program's dtype where a kernel is no better than that, and
+    everywhere the smallest normal number, below which the last places are lost or all is taken for zero.
     Means, sums and norms are those of kernels that add up in float32 (`fxcompile.summing`).
     """
 
@@ -97,7 +98,7 @@ class NoisyInterpreter(DoubleInterpreter):
         if isinstance(layer, _TO_A_SHARE_OF_THE_INPUT):
             inputs: Any = self.map_nodes_to_values(n.args, n)
             return epsilon * float(inputs[0].abs().max())
-        return 0.0
+        return float(torch.finfo(self.dtype).tiny)
 
 
 def rounding_reach(program: Program, inputs: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:

@@ -101,3 +101,15 @@ def test_other_layers_have_no_floor() -> None:
     x = torch.full((1, 4), 1e-20)
     (reach,) = rounding_reach(program, (x,), run_double(program, (x,)))
     assert reach <= 1e-6 * (1 + 1e-6)
+
+
+def test_what_lies_below_the_normal_numbers_is_not_told_from_zero() -> None:
+    """Mish of -100 is -3.7e-42 in float32, of two digits; ONNX Runtime's are others."""
+    program = trace(nn.Sequential(nn.Mish()), torch.randn(1, 4))
+    x = torch.full((1, 4), -100.0)
+    own = program.outputs(x)
+    assert 0 < float(own[0].abs().max()) < torch.finfo(torch.float32).tiny
+    compare_noisy([own[0] * 0.9], own, program, (x,))
+    near = program.outputs(x + 20)
+    with pytest.raises(Broken, match="rounding reaches"):
+        compare_noisy([near[0] * 0.9], near, program, (x + 20,))
