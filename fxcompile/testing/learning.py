@@ -22,6 +22,7 @@ from fxcompile.program import Program
 from fxcompile.raw_nodes import PLACE
 from fxcompile.rewriting import Pass, Site
 from fxcompile.testing.drafting import CHOICES
+from fxcompile.testing.elementwise import ACTIVATIONS
 from fxcompile.testing.growing import ANY, ANYTHING, RandomPicker, Recipe, grow
 from fxcompile.testing.loosening import alone, loosened
 from fxcompile.testing.network import FILENAME, Network, Step
@@ -158,10 +159,14 @@ class Lessons:
         return made
 
     def relatives(self) -> list[tuple[Recipe, Step]]:
-        """What is like a site but for the kind of one step: of each group in turn, as many as are looked at."""
+        """What is like a site but for the kind of one step: of each group in turn, as many as are looked at; and the
+        smallest with an activation with each of the other activations, as a pass may take one for another.
+        """
         found = [list(kin(*group[0])) for group in self.sites.values()]
         turns = [item for some in zip_longest(*found) for item in some if item is not None]
-        return turns[:MOST_RELATIVES]
+        small = sorted((group[0] for group in self.sites.values()), key=lambda item: len(item[0].steps))
+        activated = next((made for item in small if (made := reactivated(*item))), [])
+        return turns[:MOST_RELATIVES] + activated
 
 
 def kin(recipe: Recipe, inputs: Step) -> Iterator[tuple[Recipe, Step]]:
@@ -172,6 +177,15 @@ def kin(recipe: Recipe, inputs: Step) -> Iterator[tuple[Recipe, Step]]:
                 if kind != step.kind:
                     changed = replace(step, kind=kind)
                     yield replace(recipe, steps=(*recipe.steps[:index], changed, *recipe.steps[index + 1 :])), inputs
+
+
+def reactivated(recipe: Recipe, inputs: Step) -> list[tuple[Recipe, Step]]:
+    """The recipe with each activation that there is in the place of its first one; none where it has none."""
+    at = next((index for index, step in enumerate(recipe.steps) if step.kind == "activation"), None)
+    if at is None:
+        return []
+    others = [replace(recipe.steps[at], choices=(("function", name),)) for name in ACTIVATIONS]
+    return [(replace(recipe, steps=(*recipe.steps[:at], other, *recipe.steps[at + 1 :])), inputs) for other in others]
 
 
 @lru_cache(MOST)
