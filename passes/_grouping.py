@@ -13,7 +13,7 @@ separable convolution (Guo et al. 2018). Over single pixels these are the Monarc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,9 +82,15 @@ def nearest_pair(weight: Tensor, ins: int, outs: int, width: int, gram: Tensor |
         scale = s[..., :width].sqrt()
         inner, outer = scale.unsqueeze(4) * vh[..., :width, :], u[..., :width] * scale.unsqueeze(3)
         return Pair(inner.transpose(1, 2), outer.transpose(2, 3))
-    own = _own(gram, ins).unsqueeze(1).expand(*parts.shape[:3], -1, -1)
-    leading = leading_outputs(parts.flatten(0, 2), own.flatten(0, 2), width).unflatten(0, parts.shape[:3])
-    inner = (leading.mT @ parts).transpose(1, 2)
+    own = _own(gram, ins)
+    if parts.shape[4] < parts.shape[3]:  # fewer taps than outputs: the same from that side
+        root = linalg.cholesky(own).unsqueeze(1)
+        rows = linalg.eigh(((parts @ root).mT @ (parts @ root)).flatten(0, 2)).eigenvectors[..., -width:].mT
+        inner = linalg.solve_triangular(root, rows.unflatten(0, parts.shape[:3]), upper=False, left=False)
+    else:
+        each = own.unsqueeze(1).expand(*parts.shape[:3], -1, -1).flatten(0, 2)
+        inner = leading_outputs(parts.flatten(0, 2), each, width).mT.unflatten(0, parts.shape[:3]) @ parts
+    inner = inner.transpose(1, 2)
     return balanced(Pair(inner, best_outer(inner, weight, gram)))
 
 
@@ -104,26 +110,54 @@ def refined(pair: Pair, weight: Tensor, gram: Tensor, steps: int | None = None) 
     the identity: that of a block of `inner` is XᵀX times its part of S, with X its columns of `outer`. `steps` is by
     default what a fixed amount of arithmetic allows, between 12 and 120.
     """
-    steps = steps or min(max(int(_FLOPS / (2.0 * weight.numel() * gram.shape[2])), _STEPS[0]), _STEPS[1])
-    total = (weight @ gram * weight).sum().clamp_min(1e-300)
-    sizes = pair.inner.shape, pair.outer.shape
-
-    def objective(flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        error = weight - compose(_unflat(flat, sizes))
-        weighted = error.detach() @ gram / total
-        return (error.detach() * weighted).sum(), 2 * (error * weighted).sum()
-
+    steps = steps or min(max(int(_FLOPS / _work(pair)), _STEPS[0]), _STEPS[1])
+    objective, sizes = _objective(pair, weight, gram), (pair.inner.shape, pair.outer.shape)
     best, least = pair, lost(pair, weight, gram)
     for done in range(0, steps, _ROUND):
         moved = balanced(Pair(best.inner, best_outer(best.inner, weight, gram)))
-        found = _unflat(descend(_flat(moved), _coordinates(moved, gram), objective, min(steps - done, _ROUND)), sizes)
+        flat = descend(_flat(moved), _coordinates(moved, gram), objective, min(steps - done, _ROUND))
+        found, before = _unflat(flat, sizes), least
         reached = lost(found, weight, gram)
-        before = least
         if reached < least:
             best, least = found, reached
         if not reached <= _ENOUGH * before:
             break
     return best
+
+
+def _objective(like: Pair, weight: Tensor, gram: Tensor) -> Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]:
+    """What `descend` lowers, as a share of tr(W S Wᵀ).
+
+    tr(E S Eᵀ) = tr(W S Wᵀ) - 2 <X, W S Dᵀ> + <X, X D S Dᵀ> with X and D the two layers: D S costs a fraction of E S,
+    since D has blocks. Gradients are written out for the same reason.
+    """
+    ins, outs = like.inner.shape[1:3]
+    sizes = like.inner.shape, like.outer.shape
+    seen_of_weight = weight @ gram
+    total = (seen_of_weight * weight).sum().clamp_min(1e-300)
+    parts = blocks(seen_of_weight, ins, outs)  # [G, outs, ins, O/outs, F/ins]
+
+    def objective(flat: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        inner, outer = _unflat([item.detach() for item in flat], sizes)
+        with_inputs, seen = _seen(inner, gram)
+        columns = outer.flatten(3)
+        cross = torch.einsum("gbaof,gabrf->gboar", parts, inner).flatten(3)
+        down = columns @ seen - cross
+        error = total + (columns * (down - cross)).sum()
+        between = (columns.mT @ columns).unflatten(2, (ins, -1))
+        inward = torch.einsum("gbarm,gbmaf->gabrf", between, with_inputs.unflatten(3, (ins, -1)))
+        inward -= torch.einsum("gboar,gbaof->gabrf", outer, parts)
+        surrogate = (flat[0] * inward.flatten(0, 2)).sum() + (flat[1] * down.flatten(0, 1)).sum()
+        return error / total, 2 * surrogate / total
+
+    return objective
+
+
+def _work(pair: Pair) -> float:
+    """Floating-point operations of a step, roughly."""
+    ins, width = pair.inner.shape[1], pair.inner.shape[3]
+    features, seen = ins * pair.inner.shape[4], ins * width
+    return 2.0 * (pair.inner.numel() * (features + 2 * seen) + 2 * pair.outer.numel() * seen)
 
 
 def balanced(pair: Pair) -> Pair:
