@@ -1,15 +1,24 @@
-"""What tests of passes share: a network of a few lines, and programs as text for golden tests."""
+"""What tests of passes share: networks of a few lines, layers and inputs, and programs as text for golden tests."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from fxcompile.labels import describe_node
+from fxcompile.manager import Result
+from fxcompile.pipeline import format_pipeline, parse_pipeline
 from fxcompile.program import Program
+from fxcompile.rewriting import Pass
+
+MODES = ("zeros", "zeros", "circular", "reflect", "replicate")
+"""Padding modes to draw from."""
 
 
 class Net(nn.Module):
@@ -63,3 +72,64 @@ def with_layers(net: nn.Module, **layers: nn.Module) -> Any:
     for name, layer in layers.items():
         setattr(made, name, layer)
     return made
+
+
+KINDS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def images(count: int, channels: int, *size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Inputs whose pixels and channels are alike, as a network's features are."""
+    pool = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[len(size) - 1](3, 1)
+    plain: Tensor = pool(randn(count, 3, *[n + 2 for n in size], seed=seed))
+    mixed = torch.einsum("nc...,dc->nd...", plain, randn(channels, 3, seed=77)).relu()
+    return (mixed + 0.02 * randn(count, channels, *size, seed=seed + 1)).to(dtype)
+
+
+def conv(
+    inputs: int, outputs: int, *kernel: int, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any
+) -> Any:
+    """A convolution with weights from a seed."""
+    layer = KINDS[len(kernel)](inputs, outputs, kernel, dtype=dtype, **options).eval()
+    with torch.no_grad():
+        for index, parameter in enumerate(layer.parameters()):
+            parameter.copy_(randn(*parameter.shape, seed=seed + index) / math.sqrt(layer.weight[0].numel()))
+    return layer
+
+
+def geometry(
+    draw: Callable[[Any], Any], kernel: tuple[int, ...], groups: int, modes: tuple[str, ...] = ("zeros",), pad: int = 2
+) -> dict[str, Any]:
+    """Drawn options of a convolution with that kernel and those groups: stride, dilation, padding, its mode, bias.
+
+    Args:
+        pad: the most padding along an axis.
+    """
+    return {
+        "stride": tuple(draw(st.integers(1, 2)) for _ in kernel),
+        "dilation": tuple(draw(st.integers(1, 2)) for _ in kernel),
+        "padding": tuple(draw(st.integers(0, pad)) for _ in kernel),
+        "groups": groups,
+        "bias": draw(st.booleans()),
+        "padding_mode": draw(st.sampled_from(modes)),
+    }
+
+
+def outputs(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = module(x)
+    return found
+
+
+def only_site(result: Result) -> Any:
+    (site,) = result.record.passes[0].sites
+    return site
+
+
+def assert_text_means_the_same(pass_: Pass) -> None:
+    """As pipeline text, with the options that were given or with every option, it is read as the same pass."""
+    for complete in (False, True):
+        assert parse_pipeline(format_pipeline([pass_], complete=complete)) == [pass_]

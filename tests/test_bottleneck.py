@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,11 +11,20 @@ import torch
 from fxcompile.passes import Bottleneck
 from fxcompile.passes._tucker import reduced_both
 from fxcompile.passes._vbmf import evidence_rank
-from helpers import Net, printed
+from helpers import (
+    Net,
+    assert_text_means_the_same,
+    conv,
+    geometry,
+    images,
+    only_site,
+    outputs,
+    printed,
+    randn,
+    relative,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_split_kernels import outputs
-from test_stack_kernels import conv, error_of, images, only_site, randn
 from torch import Tensor, nn
 
 from fxcompile.calibration import as_calibration
@@ -23,7 +32,7 @@ from fxcompile.contracts import Approximate, Trained
 from fxcompile.errors import PipelineError
 from fxcompile.manager import PassManager, Result
 from fxcompile.patches import patches
-from fxcompile.pipeline import format_pipeline, parse_pipeline
+from fxcompile.pipeline import parse_pipeline
 from fxcompile.rewriting import Site, Skip
 from fxcompile.testing import check_pass
 from fxcompile.tracing import trace
@@ -37,15 +46,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"vbmf": True},
     {"rank": 4, "activation": "relu"},
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small systems: more threads cost time, and on a busy machine very much."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def narrowed(model: nn.Module, x: Tensor, calibration: Tensor | None = None, **options: Any) -> Result:
@@ -62,14 +62,7 @@ def cases(draw: st.DrawFn) -> tuple[Any, Tensor]:
     """A layer of any geometry, and inputs; borders count for much of them."""
     groups = draw(st.sampled_from([1, 1, 2]))
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (5, 2), (3,), (1, 3, 2)]))
-    options = {
-        "stride": tuple(draw(st.integers(1, 2)) for _ in kernel),
-        "dilation": tuple(draw(st.integers(1, 2)) for _ in kernel),
-        "padding": tuple(draw(st.integers(0, 2)) for _ in kernel),
-        "groups": groups,
-        "bias": draw(st.booleans()),
-        "padding_mode": draw(st.sampled_from(["zeros", "zeros", "circular", "replicate"])),
-    }
+    options = geometry(draw, kernel, groups, ("zeros", "zeros", "circular", "replicate"))
     layer = conv(3 * groups, draw(st.sampled_from([2, 4])) * groups, *kernel, seed=draw(st.integers(0, 99)), **options)
     size = [max(3, (k - 1) * d + 1) + draw(st.integers(0, 2)) for k, d in zip(kernel, options["dilation"], strict=True)]
     return layer, randn(8, 3 * groups, *size, seed=1)
@@ -108,7 +101,7 @@ def test_a_relu_between_two_linear_layers_changes_nothing_and_trains() -> None:
     layer, x = linear(8, 6), images(60, 8, 4, 4).movedim(1, -1)
     results = [narrowed(layer, x, x, rank=4, activation=kind) for kind in ("none", "relu")]
     assert [type(inner).__name__ for inner in results[1].module.modules()][-3:] == ["Linear", "ReLU", "Linear"]
-    errors = [error_of(outputs(result.module, x), outputs(layer, x)) for result in results]
+    errors = [relative(outputs(result.module, x), outputs(layer, x)) for result in results]
     assert errors[1] <= errors[0] + 0.02
     module = results[1].module.train()
     module(x).square().mean().backward()
@@ -224,7 +217,7 @@ def test_data_never_lose_to_the_weights(data: st.DataObject) -> None:
     options = data.draw(st.sampled_from(OPTIONS))
     _, held = as_calibration(x, trace(layer, x[:2]).inputs).split(seed=0)
     ((unseen,),) = held.batches(len(x))
-    found = [error_of(outputs(narrowed(layer, x, part, **options).module, unseen), outputs(layer, unseen))
+    found = [relative(outputs(narrowed(layer, x, part, **options).module, unseen), outputs(layer, unseen))
              for part in (None, x)]  # fmt: skip
     assert found[1] <= found[0] * (1 + 1e-9)
 
@@ -233,7 +226,7 @@ def test_data_never_lose_to_the_weights(data: st.DataObject) -> None:
 def test_data_make_it_much_better_on_inputs_not_seen(options: dict[str, Any]) -> None:
     layer = conv(16, 16, 3, 3, padding=1)
     x, unseen = images(120, 16, 10, 10), images(60, 16, 10, 10, seed=50)
-    errors = [error_of(outputs(narrowed(layer, x, data, **options).module, unseen), outputs(layer, unseen))
+    errors = [relative(outputs(narrowed(layer, x, data, **options).module, unseen), outputs(layer, unseen))
               for data in (None, x)]  # fmt: skip
     assert errors[1] < 0.8 * errors[0]
 
@@ -342,9 +335,7 @@ def test_options_that_do_not_go_together_are_refused(text: str, message: str) ->
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_text_with_every_option_means_the_same_pass(options: dict[str, Any]) -> None:
-    pass_ = Bottleneck(**options)
-    for complete in (False, True):
-        assert parse_pipeline(format_pipeline([pass_], complete=complete)) == [pass_]
+    assert_text_means_the_same(Bottleneck(**options))
 
 
 def test_the_contract_follows_the_activation() -> None:
@@ -388,5 +379,5 @@ def test_a_layer_of_more_features_than_a_gram_matrix_takes_is_fitted_behind_the_
     monkeypatch.setattr("fxcompile.passes.bottleneck.MOST_FEATURES", 100)
     layer, x, unseen = conv(16, 16, 3, 3, padding=1), images(60, 16, 10, 10), images(40, 16, 10, 10, seed=50)
     wanted = outputs(layer, unseen)
-    errors = [error_of(outputs(narrowed(layer, x, data, rank=6).module, unseen), wanted) for data in (None, x)]
+    errors = [relative(outputs(narrowed(layer, x, data, rank=6).module, unseen), wanted) for data in (None, x)]
     assert errors[1] < 0.9 * errors[0]

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from fxcompile.passes import GroupShuffle
 from fxcompile.passes import _grouping as grouping
-from helpers import Net, printed
+from helpers import (
+    MODES,
+    Net,
+    assert_text_means_the_same,
+    conv,
+    geometry,
+    images,
+    only_site,
+    outputs,
+    printed,
+    randn,
+    relative,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_split_kernels import outputs
-from test_stack_kernels import conv, error_of, images, only_site, randn
 from torch import Tensor, nn
 
 from fxcompile.calibration import as_calibration
 from fxcompile.errors import PipelineError
 from fxcompile.manager import PassManager, Result
 from fxcompile.patches import patches
-from fxcompile.pipeline import format_pipeline, parse_pipeline
+from fxcompile.pipeline import parse_pipeline
 from fxcompile.rewriting import Site, Skip
 from fxcompile.testing import check_pass
 from fxcompile.tracing import trace
@@ -36,15 +45,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"style": "shuffle-unit", "energy": 0.8},
     {"style": "shuffle-unit", "rank": 8, "groups": 2},
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small systems: more threads cost time, and on a busy machine very much."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def shuffled(model: nn.Module, x: Tensor, calibration: Tensor | None = None, **options: Any) -> Result:
@@ -64,14 +64,7 @@ def cases(draw: st.DrawFn) -> tuple[Any, Tensor]:
     """A layer of any geometry, and inputs; borders count for much of them."""
     groups = draw(st.sampled_from([1, 1, 2]))
     kernel = draw(st.sampled_from([(3, 3), (5, 2), (3,), (1, 3, 2)]))
-    options = {
-        "stride": tuple(draw(st.integers(1, 2)) for _ in kernel),
-        "dilation": tuple(draw(st.integers(1, 2)) for _ in kernel),
-        "padding": tuple(draw(st.integers(0, 2)) for _ in kernel),
-        "groups": groups,
-        "bias": draw(st.booleans()),
-        "padding_mode": draw(st.sampled_from(["zeros", "zeros", "circular", "reflect", "replicate"])),
-    }
+    options = geometry(draw, kernel, groups, MODES)
     layer = conv(6 * groups, draw(st.sampled_from([6, 12])) * groups, *kernel, seed=draw(st.integers(0, 99)), **options)
     size = [max(3, (k - 1) * d + 1) + draw(st.integers(0, 2)) for k, d in zip(kernel, options["dilation"], strict=True)]
     return layer, randn(8, 6 * groups, *size, seed=1)
@@ -93,7 +86,7 @@ def test_with_all_channels_it_computes_what_the_layer_did(
 def test_same_padding_of_even_kernels_stays_uneven() -> None:
     layer, x = conv(4, 6, 4, 2, padding="same"), randn(8, 4, 9, 8)
     result = shuffled(layer, x, x, rank=10**6)
-    assert error_of(outputs(result.module, x), outputs(layer, x)) < 1e-12
+    assert relative(outputs(result.module, x), outputs(layer, x)) < 1e-12
 
 
 @pytest.mark.parametrize("style", PAIRS)
@@ -101,14 +94,14 @@ def test_one_image_without_a_batch_works(style: str) -> None:
     layer, x = conv(4, 6, 3, 3, padding=1), randn(4, 8, 8)
     result = PassManager([GroupShuffle(style=style, rank=10**6, min_saving=None)]).run(trace(layer, x))
     assert only_site(result).outcome == "kept"
-    assert error_of(outputs(result.module, x), outputs(layer, x)) < 1e-12
+    assert relative(outputs(result.module, x), outputs(layer, x)) < 1e-12
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_shuffle_unit_over_single_pixels(groups: int) -> None:
     layer, x = conv(8 * groups, 12 * groups, 1, 1, groups=groups, stride=2), randn(8, 8 * groups, 7, 7)
     result = shuffled(layer, x, style="shuffle-unit", groups=4, rank=10**6)
-    assert error_of(outputs(result.module, x), outputs(layer, x)) < 1e-12
+    assert relative(outputs(result.module, x), outputs(layer, x)) < 1e-12
     assert [inner.groups for inner in layers_of(result)] == [4 * groups, 4 * groups]
 
 
@@ -233,7 +226,7 @@ def test_data_never_lose_to_the_weights(data: st.DataObject) -> None:
     options = data.draw(st.sampled_from(OPTIONS))
     _, held = as_calibration(x, trace(layer, x[:2]).inputs).split(seed=0)
     ((unseen,),) = held.batches(len(x))
-    found = [error_of(outputs(shuffled(layer, x, part, **options).module, unseen), outputs(layer, unseen))
+    found = [relative(outputs(shuffled(layer, x, part, **options).module, unseen), outputs(layer, unseen))
              for part in (None, x)]  # fmt: skip
     assert found[1] <= found[0] * (1 + 1e-9)
 
@@ -241,7 +234,7 @@ def test_data_never_lose_to_the_weights(data: st.DataObject) -> None:
 @pytest.mark.parametrize("style", PAIRS)
 def test_data_make_it_much_better_on_inputs_not_seen(style: str) -> None:
     layer, x, unseen = conv(16, 16, 3, 3, padding=1), images(120, 16, 10, 10), images(60, 16, 10, 10, seed=50)
-    errors = [error_of(outputs(shuffled(layer, x, data, rank=0.5, style=style).module, unseen), outputs(layer, unseen))
+    errors = [relative(outputs(shuffled(layer, x, data, rank=0.5, style=style).module, unseen), outputs(layer, unseen))
               for data in (None, x)]  # fmt: skip
     assert errors[1] < 0.6 * errors[0]
 
@@ -360,9 +353,7 @@ def test_options_that_do_not_go_together_are_refused() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_text_with_every_option_means_the_same_pass(options: dict[str, Any]) -> None:
-    pass_ = GroupShuffle(**options)
-    for complete in (False, True):
-        assert parse_pipeline(format_pipeline([pass_], complete=complete)) == [pass_]
+    assert_text_means_the_same(GroupShuffle(**options))
 
 
 @pytest.mark.parametrize(
@@ -403,5 +394,5 @@ def test_a_layer_of_more_features_than_a_gram_matrix_takes_is_fitted_behind_the_
     monkeypatch.setattr("fxcompile.passes.group_shuffle.MOST_FEATURES", 100)
     layer, x, unseen = conv(16, 16, 3, 3, padding=1), images(60, 16, 10, 10), images(40, 16, 10, 10, seed=50)
     wanted = outputs(layer, unseen)
-    errors = [error_of(outputs(shuffled(layer, x, data).module, unseen), wanted) for data in (None, x)]
+    errors = [relative(outputs(shuffled(layer, x, data).module, unseen), wanted) for data in (None, x)]
     assert errors[1] < 0.9 * errors[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,17 +14,28 @@ from fxcompile.passes import _cross as cross
 from fxcompile.passes import _separable as separable
 from fxcompile.passes._ranks import energy_rank, rank_for
 from fxcompile.passes._stack_refining import best_last
-from helpers import Net, printed
+from helpers import (
+    MODES,
+    Net,
+    assert_text_means_the_same,
+    conv,
+    geometry,
+    images,
+    only_site,
+    outputs,
+    printed,
+    randn,
+    relative,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_stack_kernels import conv, error_of, images, only_site, randn
 from torch import Tensor, nn
 
 from fxcompile.calibration import as_calibration
 from fxcompile.errors import PipelineError
 from fxcompile.manager import PassManager, Result
 from fxcompile.patches import patches
-from fxcompile.pipeline import format_pipeline, parse_pipeline
+from fxcompile.pipeline import parse_pipeline
 from fxcompile.rewriting import Site, Skip
 from fxcompile.testing import check_pass
 from fxcompile.tracing import trace
@@ -32,25 +43,10 @@ from fxcompile.tracing import trace
 KERNELS = [(3, 3), (5, 5), (2, 2), (3, 5), (7, 1), (4, 3), (2, 3, 3), (1, 3, 5), (3, 3, 3)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small systems: more threads cost time, and on a busy machine very much."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def split(model: nn.Module, x: Tensor, calibration: Tensor | None = None, **options: Any) -> Result:
     options = {"min_saving": None, **options}
     passes = [SplitKernels(**options)]
     return PassManager(passes, calibration=calibration, verify_examples=2).run(trace(model.eval(), x[:2]))
-
-
-def outputs(module: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = module(x)
-    return found
 
 
 # ---- in sequence -----------------------------------------------------------------------------------------------------
@@ -62,15 +58,7 @@ def test_at_full_rank_the_pair_computes_what_the_layer_did(data: st.DataObject) 
     """Any stride, padding, its mode, dilation, groups and bias; borders included; with data and without."""
     kernel = data.draw(st.sampled_from([item for item in KERNELS if sum(size > 1 for size in item) > 1]))
     groups = data.draw(st.sampled_from([1, 1, 2]))
-    mode = data.draw(st.sampled_from(["zeros", "zeros", "circular", "reflect", "replicate"]))
-    options = {
-        "stride": tuple(data.draw(st.integers(1, 2)) for _ in kernel),
-        "dilation": tuple(data.draw(st.integers(1, 2)) for _ in kernel),
-        "padding": tuple(data.draw(st.integers(0, 2)) for _ in kernel),
-        "groups": groups,
-        "bias": data.draw(st.booleans()),
-        "padding_mode": mode,
-    }
+    options = geometry(data.draw, kernel, groups, MODES)
     layer = conv(2 * groups, 3 * groups, *kernel, seed=data.draw(st.integers(0, 99)), **options)
     size = [
         data.draw(st.integers(max(3, (k - 1) * d + 1), 9)) for k, d in zip(kernel, options["dilation"], strict=True)
@@ -88,7 +76,7 @@ def test_same_padding_of_even_kernels_stays_uneven() -> None:
     layer = conv(3, 4, 4, 2, padding="same")
     x = randn(8, 3, 9, 8)
     result = split(layer, x, x, rank=10**6)
-    assert error_of(outputs(result.module, x), outputs(layer, x)) < 1e-12
+    assert relative(outputs(result.module, x), outputs(layer, x)) < 1e-12
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 3), (3, 3, 3)])
@@ -136,7 +124,7 @@ def test_data_make_it_much_better_on_inputs_not_seen(options: dict[str, Any]) ->
     layer = conv(8, 12, 5, 5, padding=2)
     x, unseen = images(120, 8, 10, 10), images(60, 8, 10, 10, seed=50)
     wanted = outputs(layer, unseen)
-    errors = [error_of(outputs(split(layer, x, data, **options).module, unseen), wanted) for data in (None, x)]
+    errors = [relative(outputs(split(layer, x, data, **options).module, unseen), wanted) for data in (None, x)]
     assert errors[1] < 0.8 * errors[0]
 
 
@@ -152,7 +140,7 @@ def test_data_never_lose_to_the_weights(data: st.DataObject) -> None:
     options = data.draw(st.sampled_from(OPTIONS))
     _, held = as_calibration(x, trace(layer, x[:2]).inputs).split(seed=0)
     ((unseen,),) = held.batches(len(x))
-    found = [error_of(outputs(split(layer, x, part, **options).module, unseen), outputs(layer, unseen))
+    found = [relative(outputs(split(layer, x, part, **options).module, unseen), outputs(layer, unseen))
              for part in (None, x)]  # fmt: skip
     assert found[1] <= found[0] * (1 + 1e-9)
 
@@ -241,7 +229,7 @@ def test_a_relu_changes_nothing_on_the_calibrated_range_and_trains(bias: bool) -
     x = images(60, 8, 11, 11)
     linear, curved = (split(layer, x, x, rank=16, activation=kind) for kind in ("none", "relu"))
     assert any(isinstance(inner, nn.ReLU) for inner in curved.module.modules())
-    errors = [error_of(outputs(item.module, x), outputs(layer, x)) for item in (linear, curved)]
+    errors = [relative(outputs(item.module, x), outputs(layer, x)) for item in (linear, curved)]
     assert errors[1] < errors[0] + 0.02
     module = curved.module.train()
     module(x).square().mean().backward()
@@ -256,20 +244,14 @@ def test_a_relu_changes_nothing_on_the_calibrated_range_and_trains(bias: bool) -
 def test_a_kernel_that_is_a_cross_is_kept_exactly(data: st.DataObject) -> None:
     kernel = data.draw(st.sampled_from([(3, 3), (5, 5), (3, 5), (4, 3), (3, 3, 3)]))
     groups = data.draw(st.sampled_from([1, 2]))
-    options = {
-        "stride": tuple(data.draw(st.integers(1, 2)) for _ in kernel),
-        "dilation": tuple(data.draw(st.integers(1, 2)) for _ in kernel),
-        "padding": tuple(data.draw(st.integers(0, 3)) for _ in kernel),
-        "groups": groups,
-        "bias": data.draw(st.booleans()),
-    }
+    options = geometry(data.draw, kernel, groups, pad=3)
     layer = conv(2 * groups, 3 * groups, *kernel, **options)
     lines = torch.stack([cross.line(kernel, axis) for axis in range(len(kernel))])
     layer.weight.data *= lines.any(0)
     size = [data.draw(st.integers((k - 1) * d + 1, 11)) for k, d in zip(kernel, options["dilation"], strict=True)]
     x = randn(6, 2 * groups, *size)
     result = split(layer, x, x if data.draw(st.booleans()) else None, arrangement="parallel")
-    assert error_of(outputs(result.module, x), outputs(layer, x)) < 1e-12
+    assert relative(outputs(result.module, x), outputs(layer, x)) < 1e-12
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -282,7 +264,7 @@ def test_outputs_that_are_lines_are_joined_in_their_order(kernel: tuple[int, int
     x = images(20, 3 * groups, 8, 8)
     for data in (None, x):
         result = split(layer, x, data, arrangement="parallel", merge="concat")
-        assert error_of(outputs(result.module, x), outputs(layer, x)) < 1e-10
+        assert relative(outputs(result.module, x), outputs(layer, x)) < 1e-10
 
 
 def test_the_cross_is_the_least_squares_one() -> None:
@@ -379,9 +361,7 @@ def test_options_that_do_not_go_together_are_refused(text: str, message: str) ->
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_text_with_every_option_means_the_same_pass(options: dict[str, Any]) -> None:
-    pass_ = SplitKernels(**options)
-    for complete in (False, True):
-        assert parse_pipeline(format_pipeline([pass_], complete=complete)) == [pass_]
+    assert_text_means_the_same(SplitKernels(**options))
 
 
 @pytest.mark.parametrize(
@@ -448,7 +428,7 @@ def test_norms_and_activations_behind_branches_stay_with_their_outputs(passes: s
     text = f"{passes}split-kernels(arrangement=parallel, merge=concat)"
     result = PassManager(text, calibration=x if calibrated else None).run(trace(net, x[:2]))
     assert [site.outcome for site in result.record.passes[-1].sites] == ["kept"]
-    assert error_of(outputs(result.module, x), outputs(net, x)) < 1e-9
+    assert relative(outputs(result.module, x), outputs(net, x)) < 1e-9
 
 
 def names(items: Sequence[nn.Module]) -> list[str]:
@@ -470,7 +450,7 @@ def test_a_layer_of_more_features_than_a_gram_matrix_takes_is_fitted_behind_the_
     monkeypatch.setattr("fxcompile.passes.split_kernels.MOST_FEATURES", 100)
     layer, x, unseen = conv(8, 12, 5, 5, padding=2), images(60, 8, 10, 10), images(40, 8, 10, 10, seed=50)
     wanted = outputs(layer, unseen)
-    errors = [error_of(outputs(split(layer, x, data, rank=16).module, unseen), wanted) for data in (None, x)]
+    errors = [relative(outputs(split(layer, x, data, rank=16).module, unseen), wanted) for data in (None, x)]
     assert errors[1] < 0.8 * errors[0]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from fxcompile.passes import StackKernels
 from fxcompile.passes._stacking import stack, stage_kernels
-from helpers import Net, printed
+from helpers import KINDS, MODES, Net, conv, images, only_site, printed, randn, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_stacking import brute_force, naive_compose, output_error, random_stages, smooth
@@ -25,41 +25,7 @@ from fxcompile.pipeline import parse_pipeline
 from fxcompile.rewriting import Site, Skip
 from fxcompile.tracing import trace
 
-KINDS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 KERNELS = [(5,), (7,), (9,), (5, 5), (7, 7), (5, 1), (1, 7), (5, 3), (9, 5), (3, 7), (5, 5, 5), (1, 5, 3)]
-MODES = ["zeros", "zeros", "circular", "reflect", "replicate"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small systems: more threads cost time, and on a busy machine very much."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def images(count: int, channels: int, *size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Inputs whose pixels and channels are alike, as a network's features are."""
-    pool = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[len(size) - 1](3, 1)
-    plain: Tensor = pool(randn(count, 3, *[n + 2 for n in size], seed=seed))
-    mixed = torch.einsum("nc...,dc->nd...", plain, randn(channels, 3, seed=77)).relu()
-    return (mixed + 0.02 * randn(count, channels, *size, seed=seed + 1)).to(dtype)
-
-
-def conv(
-    inputs: int, outputs: int, *kernel: int, seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any
-) -> Any:
-    """A convolution with weights from a seed."""
-    layer = KINDS[len(kernel)](inputs, outputs, kernel, dtype=dtype, **options).eval()
-    with torch.no_grad():
-        for index, parameter in enumerate(layer.parameters()):
-            parameter.copy_(randn(*parameter.shape, seed=seed + index) / math.sqrt(layer.weight[0].numel()))
-    return layer
 
 
 def compiled(model: nn.Module, pass_: StackKernels, x: Tensor, calibration: Tensor | None = None) -> Result:
@@ -68,15 +34,6 @@ def compiled(model: nn.Module, pass_: StackKernels, x: Tensor, calibration: Tens
 
 def convolutions(result: Result) -> list[Any]:
     return [module for module in result.module.modules() if isinstance(module, tuple(KINDS.values()))]
-
-
-def error_of(found: Tensor, wanted: Tensor) -> float:
-    return float(((found.double() - wanted.double()).norm() / wanted.double().norm()).detach())
-
-
-def only_site(result: Result) -> Any:
-    (site,) = result.record.passes[0].sites
-    return site
 
 
 # ---- where it stands -------------------------------------------------------------------------------------------------
@@ -290,7 +247,7 @@ def test_energy_gives_the_fewest_channels_that_keep_it(kernel: tuple[int, ...], 
 def test_seven_by_seven_is_three_layers_and_data_make_them_better() -> None:
     layer, x, unseen = conv(8, 8, 7, 7, padding=3), images(60, 8, 12, 12), images(40, 8, 12, 12, seed=50)
     results = [compiled(layer, StackKernels(rank=0.5), x, data) for data in (None, x)]
-    errors = [error_of(result.module(unseen), layer(unseen)) for result in results]
+    errors = [relative(result.module(unseen), layer(unseen)) for result in results]
     assert [[inner.kernel_size for inner in convolutions(result)] for result in results] == [[(3, 3)] * 3] * 2
     assert all(only_site(result).after.macs <= 0.5 * only_site(result).before.macs for result in results)
     assert errors[1] < 0.8 * errors[0]
@@ -405,9 +362,9 @@ def test_data_make_outputs_nearer_and_weights_farther() -> None:
     outputs, weights = [], []
     for data in (None, seen):
         result = compiled(layer, StackKernels(rank=10), seen, data)
-        outputs.append(error_of(result.module(unseen), layer(unseen)))
+        outputs.append(relative(result.module(unseen), layer(unseen)))
         dense = naive_compose([inner.weight.detach() for inner in convolutions(result)])
-        weights.append(error_of(dense, layer.weight))
+        weights.append(relative(dense, layer.weight))
     assert outputs[1] < 0.67 * outputs[0]
     assert weights[1] > weights[0]
 
@@ -415,7 +372,7 @@ def test_data_make_outputs_nearer_and_weights_farther() -> None:
 def test_the_stated_error_holds_on_other_data() -> None:
     layer, seen, unseen = smooth_conv(16, 16), images(64, 16, 12, 12), images(64, 16, 12, 12, seed=50)
     result = compiled(layer, StackKernels(rank=0.5), seen, seen)
-    assert only_site(result).error == pytest.approx(error_of(result.module(unseen), layer(unseen)), rel=0.15)
+    assert only_site(result).error == pytest.approx(relative(result.module(unseen), layer(unseen)), rel=0.15)
 
 
 def test_no_search_on_the_outputs_finds_a_much_better_stack() -> None:
@@ -445,7 +402,7 @@ def test_upstream_errors_are_made_up_for() -> None:
     together = compiled(model, StackKernels(rank=2), seen, seen)
     alone = [compiled(model, StackKernels(rank=2, only=[name]), seen, seen).module for name in "02"]
     apart = nn.Sequential(*alone[0].get_submodule("0").children(), nn.ReLU(), *alone[1].get_submodule("2").children())
-    assert error_of(together.module(unseen), model(unseen)) < 0.95 * error_of(apart(unseen), model(unseen))
+    assert relative(together.module(unseen), model(unseen)) < 0.95 * relative(apart(unseen), model(unseen))
 
 
 def test_the_data_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +479,7 @@ def test_a_separable_kernel_is_found_with_one_channel() -> None:
     layer.weight.data.copy_(naive_compose([randn(1, 1, 3, 3, seed=3), randn(1, 1, 3, 3, seed=4)]))
     for data in (None, x):
         result = compiled(layer, StackKernels(rank=1), x, data)
-        assert error_of(result.module(x), layer(x)) < 1e-4
+        assert relative(result.module(x), layer(x)) < 1e-4
 
 
 def test_a_layer_called_twice_is_replaced_once_for_both() -> None:
@@ -531,7 +488,7 @@ def test_a_layer_called_twice_is_replaced_once_for_both() -> None:
     result = compiled(model, StackKernels(rank=0.5), x, x)
     assert len(convolutions(result)) == 2
     assert sum(node.op == "call_module" for node in result.module.graph.nodes) == 5
-    assert error_of(result.module(x), model(x)) < 0.3
+    assert relative(result.module(x), model(x)) < 0.3
 
 
 def test_one_image_without_a_batch_works() -> None:
@@ -547,7 +504,7 @@ def test_a_layer_of_more_features_than_a_gram_matrix_takes_is_fitted_behind_the_
     monkeypatch.setattr("fxcompile.passes.stack_kernels.MOST_FEATURES", 100)
     layer, x, unseen = smooth_conv(16, 16), images(64, 16, 12, 12), images(32, 16, 12, 12, seed=50)
     errors = [
-        error_of(compiled(layer, StackKernels(rank=10), x, data).module(unseen), layer(unseen)) for data in (None, x)
+        relative(compiled(layer, StackKernels(rank=10), x, data).module(unseen), layer(unseen)) for data in (None, x)
     ]
     assert errors[1] < 0.8 * errors[0]
 
@@ -584,7 +541,7 @@ def test_a_relu_changes_nothing_on_the_calibrated_range(
             wanted = linear(inputs)
             scale = max(float(wanted.abs().max()), float(linear(x).abs().max()))
             assert float((between(inputs) - wanted).abs().max()) <= rounding * scale
-        assert error_of(between(unseen), linear(unseen)) < max(0.01, rounding)
+        assert relative(between(unseen), linear(unseen)) < max(0.01, rounding)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu"])

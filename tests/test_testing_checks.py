@@ -24,8 +24,6 @@ from fxcompile.rewriting import Pass, Site, Skip
 from fxcompile.testing import Network, PassFailure, Recipe, Step, check_pass, check_pipeline, networks, promises
 from fxcompile.testing.trial import Trial
 
-torch.set_num_threads(1)
-
 
 def broken(pass_: Pass, **options: object) -> PassFailure:
     with pytest.raises(PassFailure) as caught:

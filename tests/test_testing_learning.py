@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
 from explicit_padding import ExplicitPadding
 from torch import nn
 
@@ -16,8 +15,6 @@ from fxcompile.testing.growing import RandomPicker, Recipe, grow
 from fxcompile.testing.learning import learn, traced
 from fxcompile.testing.loosening import alone, loosened
 from fxcompile.testing.network import Network, Step
-
-torch.set_num_threads(1)
 
 
 class Pointwise(ExplicitPadding):

@@ -19,8 +19,6 @@ from fxcompile.testing.growing import RandomPicker, grow, regrow
 from fxcompile.testing.network import FILENAME, IMPORTS, Network
 from fxcompile.tracing import trace
 
-torch.set_num_threads(1)
-
 DRAWS = draw(networks(), 1000, 0)
 GROWN = [grow(RandomPicker(index)) for index in range(150)]
 QUICK = settings(
