@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxcompile.fitting import solve
 from fxcompile.layer_stats import LayerStats, grouped, mean_output
+from fxcompile.rewriting import Site
 
 from ._stacking import compose, refine
 
@@ -21,6 +22,11 @@ _STEP = 1e10
 """Operations of a joint step above which a start that is fitted to the data already stays as it is: steps bring it a
 few percent, and a dozen take longer than all else.
 """
+
+
+def fit_statistics(site: Site) -> LayerStats | None:
+    """The statistics that a site's layer is fitted to; None without data, and where they would be too large."""
+    return site.statistics() if site.pairs and site.layer.weight[0].numel() <= MOST_FEATURES else None
 
 
 def fitted_by(

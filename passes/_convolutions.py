@@ -33,15 +33,16 @@ def convolution(
         bias=False,
         device="meta",
     )
-    return _filled(layer, like, weight, bias)
+    return filled(layer, like, weight, bias)
 
 
 def linear(like: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> Any:
     """A linear layer with a weight [O, C] and bias [O], in the dtype of `like`, trained if it is."""
-    return _filled(nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"), like, weight, bias)
+    return filled(nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"), like, weight, bias)
 
 
-def _filled(layer: Any, like: Any, weight: Tensor, bias: Tensor | None) -> Any:
+def filled(layer: Any, like: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    """A layer without a bias, made anew, with this weight and bias in the dtype of `like`, trained if it is."""
     trains, dtype = like.weight.requires_grad, like.weight.dtype
     layer.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=trains)
     if bias is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, linalg
 
 from fxcompile.fitting import leading_outputs
 
-from ._stack_refining import cholesky_factor, descend
+from ._stack_refining import Coordinates, cholesky_factor, descend, squared_norm
 
 _RIDGE, _DAMPING = 1e-2, 1e-10
 _FLOPS, _STEPS, _ROUND, _ENOUGH = 2e11, (12, 120), 30, 0.99
@@ -65,8 +65,7 @@ def held(gram: Tensor) -> Tensor:
 
 def lost(pair: Pair, weight: Tensor, gram: Tensor | None = None) -> float:
     """tr(E S Eᵀ) over all groups, E what the pair lacks of W; its squared norm where no S [G, F, F] is given."""
-    lacks = weight - compose(pair)
-    return float((lacks.square() if gram is None else lacks @ gram * lacks).sum())
+    return squared_norm(weight - compose(pair), gram)
 
 
 def nearest_pair(weight: Tensor, ins: int, outs: int, width: int, gram: Tensor | None = None) -> Pair:
@@ -192,7 +191,7 @@ def _unflat(flat: Sequence[Tensor], sizes: tuple[torch.Size, torch.Size]) -> Pai
     return Pair(flat[0].reshape(sizes[0]), flat[1].reshape(sizes[1]))
 
 
-def _coordinates(pair: Pair, gram: Tensor) -> list[tuple[Tensor | None, Tensor, tuple[int, ...]]]:
+def _coordinates(pair: Pair, gram: Tensor) -> list[Coordinates]:
     """Of both layers, for `descend`."""
     groups, ins, outs = pair.inner.shape[:3]
     columns = pair.outer.permute(0, 3, 1, 4, 2)  # [G, ins, outs, r, O/outs]

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fxcompile.contracts import Contract, Trained
+from fxcompile.rewriting import Site
+
 MARGIN = 0.25
 """Share of its range on the calibration data by which a channel before a ReLU is lifted above zero."""
+
+
+class WithRelus:
+    """What the passes share that have an option `activation`: "relu" puts ReLUs between, and wants fine-tuning."""
+
+    if TYPE_CHECKING:
+        activation: Literal["none", "relu"]
+        contract: ClassVar[Contract]
+
+    @property
+    def promise(self) -> Contract:
+        """Approximate, or Trained with an activation between."""
+        return Trained() if self.activation == "relu" else self.contract
+
+    def activated(self, layers: Sequence[Any], site: Site) -> Sequence[nn.Module]:
+        """The layers that take a site's place, with what the option puts between."""
+        return with_relus(layers, [x for x, _ in site.pairs]) if self.activation == "relu" else layers
 
 
 @torch.no_grad()

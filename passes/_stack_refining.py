@@ -127,6 +127,11 @@ def descend(
     return [_leave(y.detach(), c) for y, c in zip(free, coordinates, strict=True)]
 
 
+def squared_norm(lacks: Tensor, gram: Tensor | None = None) -> float:
+    """tr(E S Eᵀ) of E [g, O, F] over all groups; its squared norm where no S [g, F, F] is given."""
+    return float((lacks.square() if gram is None else lacks @ gram * lacks).sum())
+
+
 def best_last(stages: list[Tensor], target: Tensor, moments: Tensor) -> Tensor:
     """The last stage that is best given the others: X (D S D^T) = W S D^T, with D the design of the others."""
     last = stages[-1]

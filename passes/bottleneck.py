@@ -10,22 +10,22 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fxcompile.contracts import Approximate, Contract, Trained
-from fxcompile.layer_stats import LayerStats, check_finite
+from fxcompile.contracts import Approximate
+from fxcompile.layer_stats import check_finite
 from fxcompile.layers import CONVOLUTIONS
 from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
-from ._chain_fitting import MOST_FEATURES, fitted
+from ._chain_fitting import fit_statistics, fitted
 from ._convolutions import chain, even_padding, float64, linear, why_tied
 from ._ranks import RankedPass, energy_rank, rank_for, rounded_down, rounded_up
-from ._relus import with_relus
+from ._relus import WithRelus
 from ._separable import as_matrix, singular_values
 from ._tucker import reduced_both, reduced_inputs
 from ._vbmf import evidence_rank
 
 
-class Bottleneck(RankedPass):
+class Bottleneck(WithRelus, RankedPass):
     """conv[O, C, k, k]  =>  conv[R, C, 1, 1], conv[S, R, k, k], conv[O, S, 1, 1]              style=tucker
                       =>  conv[R, C, 1, 1], conv[O, R, k, k]                                style=inception
     conv[O, C, 1, 1]  =>  conv[R, C, 1, 1], conv[O, R, 1, 1]        linear[O, C] likewise, in either style
@@ -64,11 +64,6 @@ class Bottleneck(RankedPass):
         """Whether the weight says how many channels there are, and not its cost or the user."""
         return self.vbmf or self.energy is not None
 
-    @property
-    def promise(self) -> Contract:
-        """Approximate, or Trained with an activation between."""
-        return Trained() if self.activation == "relu" else self.contract
-
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Convolutions and linear layers."""
         tied = program.tied()
@@ -82,10 +77,6 @@ class Bottleneck(RankedPass):
                 work = self.work(site)
                 reason = self.too_costly(work.share(self.ranks(site, work)), work.groups)
             yield Skip.of(node, reason) if reason else site
-
-    def rewrite(self, site: Site) -> Replacement:
-        """The best that is known without held-out data: from the data if there are any, else from the weights."""
-        return list(self.candidates(site))[-1]
 
     def candidates(self, site: Site) -> Iterator[Replacement]:
         """What the weights alone give, and what the data do."""
@@ -102,15 +93,12 @@ class Bottleneck(RankedPass):
                 stages = reduced_inputs(target, ranks[0], gram)
             return [stage.flatten(0, 1) for stage in stages]
 
-        known: list[LayerStats | None] = [None]
-        if site.pairs and weight[0].numel() <= MOST_FEATURES:
-            known.append(site.statistics())
-        for stats in known:
+        measured = fit_statistics(site)
+        for stats in [None] if measured is None else [None, measured]:
             stages, level = start(weight), bias
             if stats is not None:
                 stages, level = fitted(stats, weight, bias, work.groups, start, near=True)
-            layers = self.layers(site.layer, stages, level)
-            yield with_relus(layers, [x for x, _ in site.pairs]) if self.activation == "relu" else layers
+            yield self.activated(self.layers(site.layer, stages, level), site)
 
     def layers(self, layer: Any, stages: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
         """The layers with these weights: stride and padding go to the one with the kernel, or the padding, before a

@@ -16,7 +16,7 @@ from fxcompile.layers import CONVOLUTIONS
 from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
-from ._chain_fitting import MOST_FEATURES, fitted_by
+from ._chain_fitting import fit_statistics, fitted_by
 from ._convolutions import convolution, float64, why_tied
 from ._grouping import Pair, by_group, compose, held, lost, nearest_pair, refined, singular_values
 from ._ranks import RankedPass, energy_rank, rank_for, rounded_up
@@ -97,10 +97,6 @@ class GroupShuffle(RankedPass):
         wanted = range(2, MOST_GROUPS + 1) if self.groups is None else [self.groups]
         return [(count, count if shuffled else 1) for count in wanted if common % count == 0]
 
-    def rewrite(self, site: Site) -> Replacement:
-        """The best that is known without held-out data: from the data if there are any, else from the weights."""
-        return list(self.candidates(site))[-1]
-
     def candidates(self, site: Site) -> Iterator[Replacement]:
         """What the weights alone give, and what the data do."""
         check_finite(site.layer.weight, "weights")
@@ -112,8 +108,9 @@ class GroupShuffle(RankedPass):
             return pair, compose(pair).reshape(wanted.shape)
 
         yield self.layers(site, self.nearest(site, by_group(weight, site.layer.groups)), bias)
-        if site.pairs and weight[0].numel() <= MOST_FEATURES:
-            yield self.layers(site, *fitted_by(site.statistics(), weight, bias, fit))
+        stats = fit_statistics(site)
+        if stats is not None:
+            yield self.layers(site, *fitted_by(stats, weight, bias, fit))
 
     def nearest(self, site: Site, weight: Tensor, gram: Tensor | None = None) -> Pair:
         """The pair for a weight [G, O, F], of all forms that may be chosen; in the norm of S [G, F, F] if given."""

@@ -17,7 +17,7 @@ from fxcompile.program import Program, shape_of
 from fxcompile.rewriting import Pass, Replacement, Site, Skip
 
 from ._call import Call
-from ._convolutions import float64, why_tied
+from ._convolutions import filled, float64, why_tied
 
 ELEMENTWISE = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
@@ -156,12 +156,8 @@ def with_places(weight: Tensor, size: Sequence[int]) -> Tensor:
     return weight.view(*weight.shape, *[1] * len(size))
 
 
-def as_convolution(linear: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def as_convolution(linear: Any, weight: Tensor, bias: Tensor | None) -> Any:
     """A convolution over a weight [O, C, *k] and bias [O], in a linear layer's dtype, trained if it is."""
     kind: Any = CONVOLUTIONS[weight.dim() - 3]
-    made: nn.Module = kind(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=False, device="meta")
-    dtype, trains = linear.weight.dtype, linear.weight.requires_grad
-    made.weight = nn.Parameter(weight.detach().to(dtype).contiguous(), requires_grad=trains)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach().to(dtype).contiguous(), requires_grad=trains)
-    return made.eval()
+    made = kind(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=False, device="meta")
+    return filled(made, linear, weight, bias)

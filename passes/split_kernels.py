@@ -9,24 +9,24 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fxcompile.contracts import Approximate, Contract, Trained
-from fxcompile.layer_stats import LayerStats, check_finite
+from fxcompile.contracts import Approximate
+from fxcompile.layer_stats import check_finite
 from fxcompile.layers import CONVOLUTIONS
 from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
 from . import _cross as cross
 from . import _separable as separable
-from ._chain_fitting import MOST_FEATURES, fitted
+from ._chain_fitting import fit_statistics, fitted
 from ._convolutions import chain, even_padding, float64, why_tied
 from ._ranks import RankedPass, energy_rank, rank_for, rounded_up
-from ._relus import with_relus
-from ._stack_refining import best_last
+from ._relus import WithRelus
+from ._stack_refining import best_last, squared_norm
 
 Axes = tuple[int, ...]
 
 
-class SplitKernels(RankedPass):
+class SplitKernels(WithRelus, RankedPass):
     """conv[O, C, n, m]  =>  conv[R, C, n, 1], conv[O, R, 1, m]                     arrangement=sequential
                       =>  conv[O, C, n, 1](x) + conv[O, C, 1, m](x)             arrangement=parallel, merge=sum
                       =>  [conv[O/2, C, n, 1](x), conv[O/2, C, 1, m](x)]        arrangement=parallel, merge=concat
@@ -67,11 +67,6 @@ class SplitKernels(RankedPass):
             raise ValueError(f"{option} has no meaning with arrangement={self.arrangement}")
         return self
 
-    @property
-    def promise(self) -> Contract:
-        """Approximate, or Trained with an activation between."""
-        return Trained() if self.activation == "relu" else self.contract
-
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Convolutions with at least two sides of more than one."""
         tied = program.tied()
@@ -101,18 +96,12 @@ class SplitKernels(RankedPass):
             return "branches would cost what it costs"
         return None
 
-    def rewrite(self, site: Site) -> Replacement:
-        """The best that is known without held-out data: from the data if there are any, else from the weights."""
-        return list(self.candidates(site))[-1]
-
     def candidates(self, site: Site) -> Iterator[Replacement]:
         """What the weights alone give, and what the data do."""
         conv = site.layer
         check_finite(conv.weight, "weights")
-        known: list[LayerStats | None] = [None]
-        if site.pairs and conv.weight[0].numel() <= MOST_FEATURES:
-            known.append(site.statistics())
-        for stats in known:
+        measured = fit_statistics(site)
+        for stats in [None] if measured is None else [None, measured]:
             if self.arrangement == "parallel":
                 yield cross.branches(conv, self.merge, stats)
                 continue
@@ -123,8 +112,7 @@ class SplitKernels(RankedPass):
                 pair, bias = fitted(
                     stats, weight, bias, conv.groups, lambda *wanted: self.nearest_pair(site, *wanted), near=True
                 )
-            layers = self.layers(conv, pair, bias)
-            yield with_relus(layers, [x for x, _ in site.pairs]) if self.activation == "relu" else layers
+            yield self.activated(self.layers(conv, pair, bias), site)
 
     def nearest_pair(self, site: Site, weight: Tensor, gram: Tensor | None = None) -> list[Tensor]:
         """The nearest two kernels to a weight, of all ways, [M, C/g, ...] and [O, M/g, ...].
@@ -139,8 +127,7 @@ class SplitKernels(RankedPass):
             pair = separable.nearest_pair(target, axes, width, metric)
             if gram is not None:
                 pair = pair[0], best_last([*pair], target, gram)
-            lacks = (separable.compose(*pair) - target).flatten(2)
-            error = float((lacks.square() if gram is None else lacks @ gram * lacks).sum())
+            error = squared_norm((separable.compose(*pair) - target).flatten(2), gram)
             tried.append((error, len(tried), pair))
         return [kernel.flatten(0, 1) for kernel in min(tried)[2]]
 

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from torch import nn
 
-from fxcompile.contracts import Approximate, Contract, Trained
+from fxcompile.contracts import Approximate
 from fxcompile.layer_stats import check_finite
 from fxcompile.layers import CONVOLUTIONS
 from fxcompile.program import Program
 from fxcompile.rewriting import Site, Skip
 
-from ._chain_fitting import MOST_FEATURES, fitted
+from ._chain_fitting import fit_statistics, fitted
 from ._convolutions import chain, float64, why_tied
 from ._ranks import RankedPass
-from ._relus import with_relus
+from ._relus import WithRelus
 from ._stacking import energy_widths, stack, stack_macs, widths_for
 
 SWEEPS = 12
 """Of alternating least squares before that step, which ends as low after 12 as after 200."""
 
 
-class StackKernels(RankedPass):
+class StackKernels(WithRelus, RankedPass):
     """conv[O, C, k, k]  =>  conv[M, C, 3, 3], ..., conv[O, M, 3, 3]      for odd k >= 5, (k - 1) / 2 layers
 
     Kernels compose by full convolution, W[o, c] = sum over m of A[m, c] * B[o, m], and their sizes add as k1 + k2 - 1
@@ -57,11 +57,6 @@ class StackKernels(RankedPass):
             raise ValueError("3x3 kernels compose to odd sizes")
         return kernel
 
-    @property
-    def promise(self) -> Contract:
-        """Approximate, or Trained with an activation between."""
-        return Trained() if self.activation == "relu" else self.contract
-
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Convolutions with a side of 5 or more, all sides odd."""
         tied = program.tied()
@@ -90,26 +85,20 @@ class StackKernels(RankedPass):
             return energy_widths(float64(site.layer)[0], self.energy, site.layer.groups, self.rounding)
         return widths_for(**shape_of_work(site), rank=self.rank, round_to=self.rounding)
 
-    def rewrite(self, site: Site) -> list[nn.Module]:
+    def rewrite(self, site: Site) -> Sequence[nn.Module]:
         """The stack of layers, with ReLUs between if asked."""
         conv = site.layer
         check_finite(conv.weight, "weights")
         weight, bias = float64(conv)
         widths, dims = self.widths(site), len(conv.kernel_size)
-        if site.pairs and weight[0].numel() <= MOST_FEATURES:
+        stats = fit_statistics(site)
+        if stats is not None:
             stages, bias = fitted(
-                site.statistics(),
-                weight,
-                bias,
-                conv.groups,
-                lambda *_: stack(weight, widths, conv.groups, sweeps=SWEEPS),
+                stats, weight, bias, conv.groups, lambda *_: stack(weight, widths, conv.groups, sweeps=SWEEPS)
             )
         else:
             stages = stack(weight, widths, conv.groups)
-        layers = chain(conv, stages, bias, [len(stages) - 1] * dims, [0] * dims)
-        if self.activation == "relu":
-            layers = with_relus(layers, [x for x, _ in site.pairs])
-        return layers
+        return self.activated(chain(conv, stages, bias, [len(stages) - 1] * dims, [0] * dims), site)
 
 
 def shape_of_work(site: Site) -> dict[str, Any]:

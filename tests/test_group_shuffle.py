@@ -391,7 +391,7 @@ def test_golden_units() -> None:
 def test_a_layer_of_more_features_than_a_gram_matrix_takes_is_fitted_behind_the_first_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fxcompile.passes.group_shuffle.MOST_FEATURES", 100)
+    monkeypatch.setattr("fxcompile.passes._chain_fitting.MOST_FEATURES", 100)
     layer, x, unseen = conv(16, 16, 3, 3, padding=1), images(60, 16, 10, 10), images(40, 16, 10, 10, seed=50)
     wanted = outputs(layer, unseen)
     errors = [relative(outputs(shuffled(layer, x, data).module, unseen), wanted) for data in (None, x)]

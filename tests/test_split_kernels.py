@@ -447,7 +447,7 @@ def test_the_network_around_stays_as_it_is() -> None:
 def test_a_layer_of_more_features_than_a_gram_matrix_takes_is_fitted_behind_the_first_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fxcompile.passes.split_kernels.MOST_FEATURES", 100)
+    monkeypatch.setattr("fxcompile.passes._chain_fitting.MOST_FEATURES", 100)
     layer, x, unseen = conv(8, 12, 5, 5, padding=2), images(60, 8, 10, 10), images(40, 8, 10, 10, seed=50)
     wanted = outputs(layer, unseen)
     errors = [relative(outputs(split(layer, x, data, rank=16).module, unseen), wanted) for data in (None, x)]

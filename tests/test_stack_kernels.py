@@ -501,7 +501,7 @@ def test_one_image_without_a_batch_works() -> None:
 def test_a_layer_of_more_features_than_a_gram_matrix_takes_is_fitted_behind_the_first_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fxcompile.passes.stack_kernels.MOST_FEATURES", 100)
+    monkeypatch.setattr("fxcompile.passes._chain_fitting.MOST_FEATURES", 100)
     layer, x, unseen = smooth_conv(16, 16), images(64, 16, 12, 12), images(32, 16, 12, 12, seed=50)
     errors = [
         relative(compiled(layer, StackKernels(rank=10), x, data).module(unseen), layer(unseen)) for data in (None, x)
