@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from fxcompile.errors import UsageError, did_you_mean
 
@@ -24,32 +25,36 @@ _LIMITS = {
 
 
 def refusal(kind: type[BaseModel], name: str, error: ValidationError) -> UsageError:
-    """What pydantic found wrong with a pass's options, as one sentence."""
+    """What pydantic found wrong first with the options of a pass, called `name`, as one sentence."""
     found = error.errors()[0]
     option = str(found["loc"][0]) if found["loc"] else ""
     if not option:
-        return UsageError(f"pass '{name}': {said(found['msg'])}", mend=f"see fxcompile passes {name}")
+        return UsageError(f"pass '{name}': {own_words(found)}", mend=f"see fxcompile passes {name}")
     if option not in kind.model_fields:
-        return UsageError(f"pass '{name}' has no option '{option}'", mend=did_you_mean(option, kind.model_fields))
-    info = kind.model_fields[option]
+        return no_option(kind, name, option)
     if found["type"] == "missing":
-        return UsageError(f"pass '{name}' needs option '{option}'", mend=f"give {wanted(info)}")
-    why = f" ({said(found['msg'])})" if found["type"] in OWN else ""
-    return UsageError(f"option '{option}' of pass '{name}' cannot be {found['input']!r}{why}", mend=advice(info))
+        return UsageError(f"pass '{name}' needs option '{option}'", mend=f"give {wanted(kind.model_fields[option])}")
+    return misfit(kind, name, option, repr(found["input"]), found)
 
 
-OWN = ("value_error", "assertion_error")
-"""Kinds of refusal that a pass's own validator gives, in words of its own."""
+def no_option(kind: type[BaseModel], name: str, option: str) -> UsageError:
+    """That a pass has no such option."""
+    return UsageError(f"pass '{name}' has no option '{option}'", mend=did_you_mean(option, kind.model_fields))
 
 
-def said(message: str) -> str:
+def misfit(kind: type[BaseModel], name: str, option: str, shown: str, found: ErrorDetails | None = None) -> UsageError:
+    """That an option cannot have a value, which is shown as text; with the pass's own words where it has any."""
+    info = kind.model_fields[option]
+    mend = f"give {wanted(info)}{f': {info.description}' if info.description else ''}"
+    why = ""
+    if found is not None and found["type"] in ("value_error", "assertion_error"):
+        why = f" ({own_words(found)})"
+    return UsageError(f"option '{option}' of pass '{name}' cannot be {shown}{why}", mend=mend)
+
+
+def own_words(found: ErrorDetails) -> str:
     """A validator's words, without what pydantic puts in front of them."""
-    return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
-
-
-def advice(info: FieldInfo) -> str:
-    """What to give for an option, and what it is."""
-    return f"give {wanted(info)}{f': {info.description}' if info.description else ''}"
+    return found["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
 
 
 def wanted(info: FieldInfo) -> str:

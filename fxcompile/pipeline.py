@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from fxcompile.errors import PipelineError, UsageError, did_you_mean
-from fxcompile.options import OWN, advice, said, wanted
+from fxcompile.errors import PipelineError, UsageError
+from fxcompile.options import misfit, no_option
 from fxcompile.registry import find_pass
 from fxcompile.rewriting import Pass
 
@@ -234,12 +235,12 @@ class _Parser:
             raise self.error(error.problem, name.start, error.mend) from None
         for option, value in options.items():
             if option not in kind.model_fields:
-                problem, mend = f"pass '{name.text}' has no option '{option}'", did_you_mean(option, kind.model_fields)
-                raise self.error(problem, value.start, mend)
+                unknown = no_option(kind, name.text, option)
+                raise self.error(unknown.problem, value.start, unknown.mend)
         readings = {
             option: [*value.readings, *((item,) for item in value.readings)] for option, value in options.items()
         }
-        first: ValidationError | None = None
+        first: UsageError | None = None
         while True:
             try:
                 made = kind(**{option: values[0] for option, values in readings.items()})
@@ -247,7 +248,7 @@ class _Parser:
                 found = refused.__cause__
                 if not isinstance(found, ValidationError):
                     raise
-                first = first or found
+                first = first or refused
                 wrong = {str(item["loc"][0]) for item in found.errors() if item["loc"]}
                 if not wrong or any(len(readings.get(option, ())) < 2 for option in wrong):
                     raise self.refusal(kind, first, name, options) from None
@@ -259,19 +260,15 @@ class _Parser:
                     raise self.misfit(kind, option, options[option])
             return made
 
-    def refusal(
-        self, kind: type[Pass], error: ValidationError, name: _Token, options: dict[str, _Value]
-    ) -> PipelineError:
-        """What pydantic found, as a sentence."""
-        found = error.errors()[0]
+    def refusal(self, kind: type[Pass], refused: UsageError, name: _Token, options: dict[str, _Value]) -> PipelineError:
+        """What a pass refuses, with the place in the text; a value as it is written there."""
+        assert isinstance(refused.__cause__, ValidationError)
+        found = refused.__cause__.errors()[0]
         option = str(found["loc"][0]) if found["loc"] else ""
-        message = said(found["msg"])
         if option not in options:
-            problem = f"pass '{name.text}' needs option '{option}'" if option else f"pass '{name.text}': {message}"
-            mend = f"give {wanted(kind.model_fields[option])}" if option else f"see fxcompile passes {name.text}"
-            return self.error(problem, name.start, mend)
-        return self.misfit(kind, option, options[option], f" ({message})" if found["type"] in OWN else "")
+            return self.error(refused.problem, name.start, refused.mend)
+        return self.misfit(kind, option, options[option], found)
 
-    def misfit(self, kind: type[Pass], option: str, value: _Value, why: str = "") -> PipelineError:
-        problem = f"option '{option}' of pass '{kind.name}' cannot be {format_value(value.readings[0])}{why}"
-        return self.error(problem, value.start, advice(kind.model_fields[option]))
+    def misfit(self, kind: type[Pass], option: str, value: _Value, found: ErrorDetails | None = None) -> PipelineError:
+        refused = misfit(kind, kind.name, option, format_value(value.readings[0]), found)
+        return self.error(refused.problem, value.start, refused.mend)
