@@ -138,10 +138,8 @@ def fit_to_inputs(arrays: Mapping[str, Any], specs: Sequence[InputSpec], place: 
             near = [held for name, held in given.items() if name not in {item.name for item in specs}]
             fitting = [held for held in near if _misfit(held, spec) is None]
             near = fitting or near
-            others = [
-                other for other in unnamed if other is not spec and len(near) == 1 and not _misfit(near[0], other)
-            ]
-            if len(near) != 1 or (len(specs) > 1 and not fitting) or others:
+            shared = len(near) == 1 and sum(_misfit(near[0], other) is None for other in unnamed) > 1
+            if len(near) != 1 or (len(specs) > 1 and not fitting) or shared:
                 shown = ", ".join(f"'{name}' {_shape(held)}" for name, held in given.items())
                 raise CalibrationError(
                     f"there is no array for input '{spec.name}' {_wanted(spec)} among {shown}",

@@ -162,8 +162,10 @@ class Run:
         batch = samples(self.program)
         report.before = nodes_cost(self.program.module, site.nodes, batch)
         fits: list[Fitted] = []
+        tried: list[tuple[Replacement, Fragment]] = []
         for choice in _choices(pass_, site, data) if known is None else [known[0]]:
-            report.after = _cost(fragment_of(site, choice), batch)
+            tried.append((choice, fragment_of(site, choice)))
+            report.after = _cost(tried[-1][1], batch)
             saving = 1 - report.after.macs / report.before.macs if report.before.macs else 0.0
             if pass_.min_saving is not None and saving < pass_.min_saving:
                 report.reason = f"it would save {saving:.0%} of its MACs, below min_saving={pass_.min_saving:g}"
@@ -174,7 +176,8 @@ class Run:
         if not fits:
             return
         replacement, report.error = min(fits, key=_distance)
-        fragment = fragment_of(site, replacement)
+        same = (fragment for choice, fragment in tried if choice is replacement)
+        fragment = next(same, None) or fragment_of(site, replacement)
         report.after, report.reason = _cost(fragment, batch), ""
         if data is not None:
             if pass_.max_error is not None and report.error is not None and report.error > pass_.max_error:

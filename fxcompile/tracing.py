@@ -54,7 +54,7 @@ def trace(
             program = _trace_exported(model, args, kwargs)
         else:
             if not isinstance(model, nn.Module):
-                kind = f"class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__}"
+                kind = f"class {model.__name__}" if isinstance(model, type) else type(model).__name__
                 raise TraceError(f"a {kind} is no model", mend="give an instance of nn.Module, or an ExportedProgram")
             program = _trace_module(unwrapped(model), args, kwargs)
     return replace(program, seconds=watch.seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxcompile.testing import composites, elementwise, norms, rearranging, resampling
 from fxcompile.testing.blocks import BLOCKS
@@ -26,6 +26,10 @@ class Recipe:
 
     steps: tuple[Step, ...]
     dims: int | None = None
+
+    def with_step(self, index: int, step: Step) -> Recipe:
+        """The recipe with another step in the place of one."""
+        return replace(self, steps=(*self.steps[:index], step, *self.steps[index + 1 :]))
 
     def __repr__(self) -> str:
         return f"Recipe({' > '.join(step.kind for step in self.steps)})"

@@ -175,8 +175,7 @@ def kin(recipe: Recipe, inputs: Step) -> Iterator[tuple[Recipe, Step]]:
         for family in FAMILIES:
             for kind in family if step.kind in family else ():
                 if kind != step.kind:
-                    changed = replace(step, kind=kind)
-                    yield replace(recipe, steps=(*recipe.steps[:index], changed, *recipe.steps[index + 1 :])), inputs
+                    yield recipe.with_step(index, replace(step, kind=kind)), inputs
 
 
 def reactivated(recipe: Recipe, inputs: Step) -> list[tuple[Recipe, Step]]:
@@ -185,7 +184,7 @@ def reactivated(recipe: Recipe, inputs: Step) -> list[tuple[Recipe, Step]]:
     if at is None:
         return []
     others = [replace(recipe.steps[at], choices=(("function", name),)) for name in ACTIVATIONS]
-    return [(replace(recipe, steps=(*recipe.steps[:at], other, *recipe.steps[at + 1 :])), inputs) for other in others]
+    return [(recipe.with_step(at, other), inputs) for other in others]
 
 
 @lru_cache(MOST)

@@ -50,8 +50,8 @@ def loosened(recipe: Recipe, inputs: Step, holds: Callable[[Network], bool]) -> 
 def without(recipe: Recipe, index: int, choices: Sequence[tuple[str, object]]) -> Recipe:
     """The recipe with some choices of a step left open."""
     step = recipe.steps[index]
-    kept = replace(step, choices=tuple(choice for choice in step.choices if choice not in choices))
-    return replace(recipe, steps=(*recipe.steps[:index], kept, *recipe.steps[index + 1 :]))
+    kept = tuple(choice for choice in step.choices if choice not in choices)
+    return recipe.with_step(index, replace(step, choices=kept))
 
 
 def alone(recipe: Recipe, inputs: Step, seed: int) -> Network:
