@@ -29,6 +29,18 @@ def fit_statistics(site: Site) -> LayerStats | None:
     return site.statistics() if site.pairs and site.layer.weight[0].numel() <= MOST_FEATURES else None
 
 
+def drafted(stages: Sequence[Tensor], weight: Tensor, gram: Tensor | None, groups: int, steps: int) -> list[Tensor]:
+    """Stages that start near the data, after so many joint steps; as they are without S, or where a fit takes none."""
+    if gram is None or not steps or too_large(weight):
+        return list(stages)
+    return refine(stages, weight, gram, groups, steps=steps, starts=1)
+
+
+def too_large(weight: Tensor) -> bool:
+    """Whether a joint step towards a weight [O, C/g, *k] takes too long."""
+    return 2 * weight.numel() * weight[0].numel() > _STEP
+
+
 def fitted_by(
     stats: LayerStats,
     weight: Tensor,
@@ -72,7 +84,7 @@ def fitted(
 
     def fit(wanted: Tensor, gram: Tensor) -> tuple[list[Tensor], Tensor]:
         stages = list(start(wanted, gram))
-        if not near or 2 * weight.numel() * stats.features <= _STEP:
+        if not near or not too_large(weight):
             stages = refine(stages, wanted, gram, groups, starts=1 if near else None)
         return stages, compose(stages, groups)
 

@@ -16,11 +16,12 @@ from fxcompile.layers import CONVOLUTIONS
 from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
-from ._chain_fitting import fit_statistics, fitted
+from ._chain_fitting import drafted, fit_statistics, fitted
 from ._convolutions import chain, even_padding, float64, linear, why_tied
-from ._ranks import RankedPass, energy_rank, rank_for, rounded_down, rounded_up
+from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_down, rounded_up
 from ._relus import WithRelus
 from ._separable import as_matrix, singular_values
+from ._stacking import compose
 from ._tucker import reduced_both, reduced_inputs
 from ._vbmf import evidence_rank
 
@@ -82,16 +83,10 @@ class Bottleneck(WithRelus, RankedPass):
         """What the weights alone give, and what the data do."""
         check_finite(site.layer.weight, "weights")
         work, (weight, bias) = self.work(site), float64(site.layer)
-        weight = weight.reshape(*weight.shape, *[1] * (weight.dim() == 2))
-        ranks = self.ranks(site, work)
+        weight, ranks = with_taps(weight), self.ranks(site, work)
 
         def start(wanted: Tensor, gram: Tensor | None = None) -> list[Tensor]:
-            target = wanted.reshape(weight.shape).unflatten(0, (work.groups, -1))
-            if len(ranks) == 2:
-                stages = reduced_both(target, ranks[0], ranks[1], gram)
-            else:
-                stages = reduced_inputs(target, ranks[0], gram)
-            return [stage.flatten(0, 1) for stage in stages]
+            return reduced(wanted.reshape(weight.shape), ranks, work.groups, gram)
 
         measured = fit_statistics(site)
         for stats in [None] if measured is None else [None, measured]:
@@ -99,6 +94,14 @@ class Bottleneck(WithRelus, RankedPass):
             if stats is not None:
                 stages, level = fitted(stats, weight, bias, work.groups, start, near=True)
             yield self.activated(self.layers(site.layer, stages, level), site)
+
+    def draft(self, site: Site, weight: Tensor, gram: Tensor | None = None, steps: int = 0) -> Draft:
+        """The closed form, and so many joint steps."""
+        work, target = self.work(site), with_taps(weight)
+        stages = reduced(target, self.ranks(site, work), work.groups, gram)
+        stages = drafted(stages, target, gram, work.groups, steps)
+        layers = self.layers(site.layer, stages, float64(site.layer)[1])
+        return Draft(layers, compose(stages, work.groups).reshape(weight.shape))
 
     def layers(self, layer: Any, stages: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
         """The layers with these weights: stride and padding go to the one with the kernel, or the padding, before a
@@ -147,6 +150,23 @@ class Bottleneck(WithRelus, RankedPass):
         if self.energy is None:
             return max(evidence_rank(matrix) for matrix in as_matrix(weight, ()))
         return energy_rank(singular_values(weight, ()), 1 - (1 - self.energy) / reductions)
+
+
+def with_taps(weight: Tensor) -> Tensor:
+    """A linear layer's weight as that of a convolution over single pixels; any other as it is."""
+    return weight.reshape(*weight.shape, *[1] * (weight.dim() == 2))
+
+
+def reduced(weight: Tensor, ranks: Sequence[int], groups: int, gram: Tensor | None = None) -> list[Tensor]:
+    """Stages near a weight [O, C/g, *k] with so many channels between in each group; near in the norm of S [g, F, F]
+    if given.
+    """
+    target = weight.unflatten(0, (groups, -1))
+    if len(ranks) == 2:
+        stages = reduced_both(target, ranks[0], ranks[1], gram)
+    else:
+        stages = reduced_inputs(target, ranks[0], gram)
+    return [stage.flatten(0, 1) for stage in stages]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fxcompile.rewriting import Replacement, Site, Skip
 from ._chain_fitting import fit_statistics, fitted_by
 from ._convolutions import convolution, float64, why_tied
 from ._grouping import Pair, by_group, compose, held, lost, nearest_pair, refined, singular_values
-from ._ranks import RankedPass, energy_rank, rank_for, rounded_up
+from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_up
 from ._reordering import shuffle
 
 MOST_GROUPS = 8
@@ -111,6 +111,14 @@ class GroupShuffle(RankedPass):
         stats = fit_statistics(site)
         if stats is not None:
             yield self.layers(site, *fitted_by(stats, weight, bias, fit))
+
+    def draft(self, site: Site, weight: Tensor, gram: Tensor | None = None, steps: int = 0) -> Draft:
+        """The closed form, and so many joint steps."""
+        target, norm = by_group(weight, site.layer.groups), None if gram is None else held(gram)
+        pair = self.nearest(site, target, norm)
+        if norm is not None and steps:
+            pair = refined(pair, target, norm, steps)
+        return Draft(self.layers(site, pair, float64(site.layer)[1]), compose(pair).reshape(weight.shape))
 
     def nearest(self, site: Site, weight: Tensor, gram: Tensor | None = None) -> Pair:
         """The pair for a weight [G, O, F], of all forms that may be chosen; in the norm of S [G, F, F] if given."""

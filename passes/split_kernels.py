@@ -17,11 +17,12 @@ from fxcompile.rewriting import Replacement, Site, Skip
 
 from . import _cross as cross
 from . import _separable as separable
-from ._chain_fitting import fit_statistics, fitted
+from ._chain_fitting import drafted, fit_statistics, fitted
 from ._convolutions import chain, even_padding, float64, why_tied
-from ._ranks import RankedPass, energy_rank, rank_for, rounded_up
+from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_up
 from ._relus import WithRelus
 from ._stack_refining import best_last, squared_norm
+from ._stacking import compose
 
 Axes = tuple[int, ...]
 
@@ -113,6 +114,12 @@ class SplitKernels(WithRelus, RankedPass):
                     stats, weight, bias, conv.groups, lambda *wanted: self.nearest_pair(site, *wanted), near=True
                 )
             yield self.activated(self.layers(conv, pair, bias), site)
+
+    def draft(self, site: Site, weight: Tensor, gram: Tensor | None = None, steps: int = 0) -> Draft:
+        """The closed form in sequence, and so many joint steps."""
+        groups = site.layer.groups
+        pair = drafted(self.nearest_pair(site, weight, gram), weight, gram, groups, steps)
+        return Draft(self.layers(site.layer, pair, float64(site.layer)[1]), compose(pair, groups))
 
     def nearest_pair(self, site: Site, weight: Tensor, gram: Tensor | None = None) -> list[Tensor]:
         """The nearest two kernels to a weight, of all ways, [M, C/g, ...] and [O, M/g, ...].

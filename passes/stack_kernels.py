@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
-from torch import nn
+from torch import Tensor, nn
 
 from fxcompile.contracts import Approximate
 from fxcompile.layer_stats import check_finite
@@ -15,11 +15,11 @@ from fxcompile.layers import CONVOLUTIONS
 from fxcompile.program import Program
 from fxcompile.rewriting import Site, Skip
 
-from ._chain_fitting import fit_statistics, fitted
+from ._chain_fitting import drafted, fit_statistics, fitted
 from ._convolutions import chain, float64, why_tied
-from ._ranks import RankedPass
+from ._ranks import Draft, RankedPass
 from ._relus import WithRelus
-from ._stacking import energy_widths, stack, stack_macs, widths_for
+from ._stacking import compose, energy_widths, stack, stack_macs, widths_for
 
 SWEEPS = 12
 """Of alternating least squares before that step, which ends as low after 12 as after 200."""
@@ -90,7 +90,7 @@ class StackKernels(WithRelus, RankedPass):
         conv = site.layer
         check_finite(conv.weight, "weights")
         weight, bias = float64(conv)
-        widths, dims = self.widths(site), len(conv.kernel_size)
+        widths = self.widths(site)
         stats = fit_statistics(site)
         if stats is not None:
             stages, bias = fitted(
@@ -98,7 +98,19 @@ class StackKernels(WithRelus, RankedPass):
             )
         else:
             stages = stack(weight, widths, conv.groups)
-        return self.activated(chain(conv, stages, bias, [len(stages) - 1] * dims, [0] * dims), site)
+        return self.activated(self.layers(conv, stages, bias), site)
+
+    def draft(self, site: Site, weight: Tensor, gram: Tensor | None = None, steps: int = 0) -> Draft:
+        """A few sweeps towards the weight, and so many joint steps."""
+        conv = site.layer
+        stages = stack(weight, self.widths(site), conv.groups, sweeps=SWEEPS)
+        stages = drafted(stages, weight, gram, conv.groups, steps)
+        return Draft(self.layers(conv, stages, float64(conv)[1]), compose(stages, conv.groups))
+
+    def layers(self, conv: Any, stages: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
+        """The layers with these weights: the first has the padding, the last the stride."""
+        dims = len(conv.kernel_size)
+        return chain(conv, stages, bias, [len(stages) - 1] * dims, [0] * dims)
 
 
 def shape_of_work(site: Site) -> dict[str, Any]:
