@@ -182,6 +182,48 @@ class Crashes(ExplicitPadding):
         return super().rewrite(site)
 
 
+class OtherKernel(ExplicitPadding):
+    """Computes right, and says that its kernel is another one."""
+
+    name: ClassVar[str] = "other-kernel"
+
+    def rewrite(self, site: Site) -> list[nn.Module]:
+        pad, conv = super().rewrite(site)
+        conv.kernel_size = (1, 1)  # type: ignore[assignment]
+        return [pad, conv]
+
+
+class Rescaled(ExplicitPadding):
+    """Takes the norm of each filter out of the weight and puts it back, where it is not zero."""
+
+    name: ClassVar[str] = "rescaled"
+
+    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+        norm = weight.flatten(1).norm(dim=1)
+        return torch.where(norm > 0, norm, torch.ones_like(norm))
+
+    def rewrite(self, site: Site) -> list[nn.Module]:
+        pad, conv = super().rewrite(site)
+        norm = self.norm(conv.weight.detach()).view(-1, 1, 1, 1)
+        conv.weight = nn.Parameter(conv.weight.detach() / norm * norm, conv.weight.requires_grad)
+        return [pad, conv]
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        tied, calls = program.tied(), program.calls()
+        for item in super().sites(program):
+            if isinstance(item, Skip) or not (program.tied_to(item.node, tied) or len(calls[id(item.layer)]) > 1):
+                yield item
+
+
+class DeadFilter(Rescaled):
+    """Divides by the norm of a filter that may be zero."""
+
+    name: ClassVar[str] = "dead-filter"
+
+    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.flatten(1).norm(dim=1)
+
+
 class Louder(ExplicitPadding):
     """Approximate: off by one part in a hundred."""
 

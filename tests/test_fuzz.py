@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import explicit_padding
 import pytest
 from explicit_padding import ExplicitPadding, OneSide
 from rich.console import Console
@@ -53,6 +55,38 @@ def test_a_wrong_pass_is_told_with_the_file_that_shows_it(tmp_path: Path) -> Non
     again, printed = run([OneSide()], tmp_path)
     assert not again
     assert "      0 networks" in printed
+
+
+@pytest.mark.parametrize(("kind", "code"), [("ExplicitPadding", 0), ("OneSide", 1)])
+def test_the_exit_code_says_whether_all_held(kind: str, code: int, tmp_path: Path) -> None:
+    """As a process, with a pass that another package has installed."""
+    package = tmp_path / "other-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    (package / "entry_points.txt").write_text(f"[fxcompile.passes]\n{name_of(kind)} = explicit_padding:{kind}\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])}
+    keep = tmp_path / "keep"
+    command = [
+        sys.executable,
+        fuzz.__file__,
+        "--examples",
+        "1",
+        "--seed",
+        "1",
+        "--keep",
+        keep,
+        "--passes",
+        name_of(kind),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == code, done.stderr
+    assert ("held" if code == 0 else "BROKEN") in done.stdout
+    assert (keep / f"{name_of(kind)}.py").exists() == bool(code)
+
+
+def name_of(kind: str) -> str:
+    """As a pipeline text has it."""
+    return str(getattr(explicit_padding, kind)())
 
 
 class NeverThere(ExplicitPadding):

@@ -34,7 +34,7 @@ def broken(pass_: Pass, **options: object) -> PassFailure:
 # right passes
 
 
-@pytest.mark.parametrize("pass_", [ExplicitPadding(), FoldBatchNorm(), EliminateIdentity()], ids=str)
+@pytest.mark.parametrize("pass_", [ExplicitPadding(), passes.Rescaled(), FoldBatchNorm(), EliminateIdentity()], ids=str)
 def test_a_right_pass_holds_and_had_enough_to_do(pass_: Pass) -> None:
     summary = check_pass(pass_, examples=60, seed=1, onnx_examples=1)
     assert summary.networks == 60
@@ -69,6 +69,8 @@ def test_right_passes_hold_together_in_any_order() -> None:
         (passes.DeafToSkip(), "selection", "the pass rewrites 'conv"),
         (passes.EditsElsewhere(), "same_function", "differs by"),
         (passes.Crashes(), "completes", "fails with KeyError: 'groups'"),
+        (passes.OtherKernel(), "layers_consistent", "and yet its weight has shape"),
+        (passes.DeadFilter(), "same_function", "differs by inf"),
         (passes.Forgetful(), "gradients", "all gradients are zero"),
     ],
     ids=lambda value: str(value) if isinstance(value, Pass) else "",
@@ -229,6 +231,25 @@ def test_gradients_that_are_only_rounding_may_become_zero() -> None:
     norm = nn.BatchNorm2d(1, affine=False, track_running_stats=False)
     model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1), norm).double().eval()
     promises.gradients(Trial(model, (torch.randn(1, 1, 1, 3).double(),), (FoldBatchNorm(),), [], exact=False, seed=0))
+
+
+class Brighter(passes.Louder):
+    """Approximate: adds to every weight, to those that are zero too."""
+
+    name: ClassVar[str] = "brighter"
+
+    def weight(self, held: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(held.detach() + 0.01, held.requires_grad)
+
+
+def test_an_infinite_error_is_stated_as_such() -> None:
+    """Whatever stands for zero is infinitely far from it, in proportion."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, bias=False)).double().eval()
+    nn.init.zeros_(model[0].weight)
+    trial = Trial(model, (torch.randn(1, 1, 3, 3).double(),), (Brighter(),), [], exact=False, seed=0)
+    (report,) = trial.result.record.passes
+    assert (report.outcome, report.error) == ("kept", float("inf"))
+    promises.stated_error(trial)
 
 
 # reproducers

@@ -97,6 +97,9 @@ def test_statistics_are_as_odd_as_they_say() -> None:
         "large mean": lambda norm: norm.running_mean.abs().max() > 1,
         "negative gamma": lambda norm: norm.weight.min() < 0,
         "zero gamma": lambda norm: norm.weight[0] == 0,
+        "dead filters": lambda layer: layer.weight[1].abs().max() == 0,
+        "dead inputs": lambda layer: layer.weight[:, 1].abs().max() == 0,
+        "equal filters": lambda layer: layer.weight.shape[0] > 1 and torch.equal(*layer.weight[:2]),
     }
     seen: set[str] = set()
     for network in DRAWS:

@@ -131,6 +131,20 @@ def draw_groups(d: Draft, channels: int) -> int:
     return named[d.pick("groups", ["one", *[name for name, g in named.items() if g > 1 and channels % g == 0]])]
 
 
+USUAL_WEIGHTS = 21
+"""How many times likelier usual weights are than each kind of unusual ones."""
+
+
+def draw_weights(d: Draft, name: str, filters: int, inputs: int) -> None:
+    """Whether a layer has weights as they are usual; or every other filter is zero, or every other input unused, or all
+    filters are the same: what divides by a norm or a singular value, or counts on full rank, is wrong there.
+    """
+    unusual = ["dead filters", "equal filters"] * (filters > 1) + ["dead inputs"] * (inputs > 1)
+    what = d.pick("weights", ["usual"] * USUAL_WEIGHTS + unusual)
+    if what != "usual":
+        d.odd[name] = what
+
+
 @block("convolution", 14)
 def convolution(d: Draft) -> Value | None:
     """A convolution with any options, as a layer or as a function."""
@@ -189,6 +203,7 @@ def place_convolution(
 
     name = d.layer("conv", f"nn.Conv{dims}d({arguments(x.channels, out, size(options.kernel), **named)})")
     d.callable.append(Layer(name, gives, lambda shape: len(shape) == dims + 1 and shape[0] == inputs, twin))
+    draw_weights(d, name, out, shape[1])
     if d.pick("frozen", [False] * 15 + [True]):
         d.extras.append(f"self.{name}.weight.requires_grad_(False)")
     return d.call(name, x, (out, *sizes))
@@ -277,6 +292,7 @@ def place_linear(d: Draft, x: Value, out: int, bias: bool) -> Value:
     """A linear layer over the last axis of a value."""
     inputs = x.shape[-1]
     name = d.layer("fc", f"nn.Linear({arguments(inputs, out, bias=None if bias else False)})")
+    draw_weights(d, name, out, inputs)
 
     def twin(draft: Draft, y: Value) -> Value | None:
         other = draft.layer("fc", f"nn.Linear({inputs}, {out})")

@@ -35,6 +35,7 @@ ALWAYS: tuple[Promise, ...] = (
     structure.nothing_copied,
     structure.rest_untouched,
     structure.shapes_recorded,
+    structure.layers_consistent,
     structure.savings,
     promises.same_trainable,
 )
@@ -90,9 +91,9 @@ def check_pass(
     Checked on each network: the outputs, against the model's own in float64 (an approximate pass's stated error
     against the measured one; shapes and finiteness for one that is to be trained); that the model, the program that
     went in and all random generators are untouched; that nothing shared is copied, and nothing outside of the sites
-    changed; shapes and origins on every node. On some, in turns: that it repeats itself bit for bit, is idempotent if
-    it says so, keeps gradients, honours `only` and `skip`, holds in float32, satisfies the compiler's own
-    verification; its options at each of their limits; the file in ONNX Runtime.
+    changed; shapes and origins on every node; tensors that fit their layers' options. On some, in turns: that it
+    repeats itself bit for bit, is idempotent if it says so, keeps gradients, honours `only` and `skip`, holds in
+    float32, satisfies the compiler's own verification; its options at each of their limits; the file in ONNX Runtime.
 
     Args:
         pass_: the pass, with options.

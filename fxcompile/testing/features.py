@@ -50,7 +50,7 @@ def follows(first: str, second: str, head: str) -> Feature:
 
 
 def odd(what: str) -> Feature:
-    """A norm has these unusual statistics."""
+    """A layer has these unusual statistics or weights."""
     return lambda network: what in dict(network.odd).values()
 
 
@@ -88,6 +88,9 @@ FEATURES: dict[str, Feature] = {
     "transposed convolution": wrote(r"(nn\.ConvTranspose|F\.conv_transpose)[123]d\("),
     "output padding": wrote(r"output_padding="),
     "output size": wrote(r"output_size="),
+    "dead filters": odd("dead filters"),
+    "dead inputs": odd("dead inputs"),
+    "equal filters": odd("equal filters"),
     "batch norm": wrote(r"nn\.BatchNorm"),
     "functional batch norm": wrote(r"F\.batch_norm"),
     "batch norm of a vector": wrote(r"nn\.BatchNorm1d"),

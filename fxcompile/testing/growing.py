@@ -88,7 +88,7 @@ EMPTY = 5
 MOST_STEPS = 9
 
 
-SIZES = ("filters", "features", "channels")
+INDIFFERENT = ("filters", "features", "channels", "weights")
 """Choices that a planted step does not repeat: they hardly make a site, and leave less to combine."""
 
 ANY = -2
@@ -209,7 +209,7 @@ class Planted:
         """Make a recipe the one that is under way."""
         self.pending, self.made = list(enumerate(recipe.steps)), {}
         manner = ("copied", "copied", "missed", "plain")[picker.below(4)]
-        choices = [(index, name) for index, step in self.pending for name, _ in step.choices if name not in SIZES]
+        choices = [(index, name) for index, step in self.pending for name, _ in step.choices if name not in INDIFFERENT]
         at = picker.below(CHOICES)
         self.plain = manner == "plain"
         self.missed = choices[at % len(choices)] if manner == "missed" and choices else None
@@ -218,7 +218,9 @@ class Planted:
         """The next step of the recipe."""
         index, step = self.pending.pop(0)
         self.fresh = not self.pending
-        choices = [choice for choice in step.choices if choice[0] not in SIZES and (index, choice[0]) != self.missed]
+        choices = [
+            choice for choice in step.choices if choice[0] not in INDIFFERENT and (index, choice[0]) != self.missed
+        ]
         planted = Step(step.kind, () if self.plain else tuple(choices))
         d.plain = self.plain
         if write(d, planted, [(self.made.get(number, ANY), which) for number, which in step.sources]):

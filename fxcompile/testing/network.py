@@ -18,7 +18,8 @@ IMPORTS = "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n
 
 
 def fill(model: nn.Module, seed: int, odd: Mapping[str, str]) -> nn.Module:
-    """Give a model weights and statistics from a seed, in float64; `odd` names norms with unusual statistics.
+    """Give a model weights and statistics from a seed, in float64; `odd` names norms with unusual statistics and
+    layers with unusual weights.
 
     Weights keep the size of what flows through them; scales lie around 1, some are negative; variances around 1.
     """
@@ -39,19 +40,25 @@ def fill(model: nn.Module, seed: int, odd: Mapping[str, str]) -> nn.Module:
                 values = 1.4 * values / max(tensor[0].numel(), 1) ** 0.5
             tensor.copy_(0.5 * values if "bias" in last else values)
         for name, what in odd.items():
-            norm: Any = model.get_submodule(name)
+            layer: Any = model.get_submodule(name)
             if what == "negative gamma":
-                norm.weight.neg_()
+                layer.weight.neg_()
             elif what == "zero gamma":
-                norm.weight[::2] = 0
+                layer.weight[::2] = 0
             elif what == "tiny variance":
-                norm.running_var.mul_(1e-9)
+                layer.running_var.mul_(1e-9)
             elif what == "no variance":
-                norm.running_var.zero_()
+                layer.running_var.zero_()
             elif what == "large variance":
-                norm.running_var.mul_(1e6)
+                layer.running_var.mul_(1e6)
             elif what == "large mean":
-                norm.running_mean.mul_(30)
+                layer.running_mean.mul_(30)
+            elif what == "dead filters":
+                layer.weight[1::2] = 0
+            elif what == "dead inputs":
+                layer.weight[:, 1::2] = 0
+            elif what == "equal filters":
+                layer.weight[1:] = layer.weight[:1].clone()
     return model
 
 
@@ -85,7 +92,7 @@ class Network:
         lines: lines of `forward`, each with the index of the step that wrote it.
         output: the expression that forward returns.
         steps: what the network was grown by; `growing.regrow` grows it again.
-        odd: names of norms with unusual statistics, and what is unusual.
+        odd: names of layers with unusual statistics or weights, and what is unusual.
         seed: of weights, statistics and example inputs.
     """
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+from typing import Any
 
 import torch
+from torch import nn
 
 from fxcompile.comparing import Broken
 from fxcompile.contracts import Exact
 from fxcompile.cost import program_cost
+from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS, INSTANCE_NORMS, TRANSPOSED
 from fxcompile.manager import Result
 from fxcompile.program import ORIGIN, Program, ShapeRecorder, dtype_of, shape_of
 from fxcompile.rewriting import Site
@@ -58,6 +61,33 @@ def shapes_recorded(trial: Trial) -> None:
     for name, _ in program.module.named_parameters():
         if name not in used and name.rpartition(".")[0] not in used and not _inside(name, used):
             raise Broken(f"parameter '{name}' is kept and nothing uses it")
+
+
+def layers_consistent(trial: Trial) -> None:
+    """Each layer's tensors have the shapes that its options name, from which other passes and savers read."""
+    for name, layer in trial.result.program.module.named_modules():
+        for key, wanted in stated_shapes(layer).items():
+            found = getattr(layer, key)
+            if found is not None and tuple(found.shape) != wanted:
+                raise Broken(
+                    f"layer '{name}' is {layer}, and yet its {key} has shape {tuple(found.shape)}, not {wanted}"
+                )
+
+
+def stated_shapes(layer: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's tensors, as its options give them."""
+    if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)):
+        rows, columns = layer.out_channels, layer.in_channels
+        if isinstance(layer, TRANSPOSED):
+            rows, columns = columns, rows
+        return {"weight": (rows, columns // layer.groups, *layer.kernel_size), "bias": (layer.out_channels,)}
+    if isinstance(layer, nn.Linear):
+        return {"weight": (layer.out_features, layer.in_features), "bias": (layer.out_features,)}
+    if isinstance(layer, (*BATCH_NORMS, *INSTANCE_NORMS)):
+        return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (layer.num_features,))
+    if isinstance(layer, nn.GroupNorm):
+        return dict.fromkeys(("weight", "bias"), (layer.num_channels,))
+    return {"weight": (layer.num_parameters,)} if isinstance(layer, nn.PReLU) else {}
 
 
 def _inside(name: str, used: set[str]) -> bool:
