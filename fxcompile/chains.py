@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,13 +36,12 @@ def statistics_behind(stats: LayerStats, layer: nn.Module, chain: Sequence[Any])
         return stats
     design = patch_map(chain)
     gram, cross, energy = stats.centred()
-    seen = design @ gram @ design.mT
     return dataclasses.replace(
         stats,
         channels=chain[-1].in_channels,
-        mean_in=(design @ stats.mean_in.unsqueeze(2)).squeeze(2),
-        _scatter=(seen + seen.mT) / 2,
-        _cross=design @ cross,
+        mean_in=design(stats.mean_in.unsqueeze(2)).squeeze(2),
+        _scatter=design.moments(gram)[1],
+        _cross=design(cross),
         _energy=energy.clone(),
         _layer=None,
     )
@@ -78,15 +79,50 @@ def _splits_axis(layer: Any, chain: Sequence[Any], axis: int) -> bool:
     return all(at <= min([first, *strided]) for at in padded) and all(at >= last for at in strided)
 
 
-def patch_map(chain: Sequence[Any]) -> Tensor:
-    """D, [groups, F', F] in float64: the chain without its last layer, run on each unit patch."""
-    groups, channels = chain[0].groups, chain[0].in_channels // chain[0].groups
-    kernel = [1 + sum(item.kernel_size[axis] - 1 for item in chain) for axis in range(len(chain[0].kernel_size))]
-    features = channels * math.prod(kernel)
-    units = torch.eye(features, dtype=torch.float64).reshape(features, 1, channels, *kernel)
-    value = units.expand(features, groups, channels, *kernel).flatten(1, 2)
-    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(kernel) - 1]
-    for item in chain[:-1]:
+@dataclass(frozen=True)
+class PatchMap:
+    """D, the linear map from patches to those of a layer behind a kernel: D[(m, u), (c, w)] = kernel[m, c, w - u].
+
+    It is never made whole: most of it is zeros.
+
+    Attributes:
+        kernel: [g, M, C, *k]
+        reach: the size of the layer's own kernel, the range of u.
+    """
+
+    kernel: Tensor
+    reach: tuple[int, ...]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """D V, [g, M |reach|, n], for V [g, F, n] with F = C |k + reach - 1|."""
+        groups, rows, columns, *extent = self.kernel.shape
+        full = [k + n - 1 for k, n in zip(extent, self.reach, strict=True)]
+        field, kernel = values.unflatten(1, (columns, *full)), self.kernel.flatten(2)
+        made = values.new_empty(groups, rows, math.prod(self.reach), values.shape[2])
+        for number, shift in enumerate(product(*map(range, self.reach))):
+            window = field
+            for axis, (start, length) in enumerate(zip(shift, extent, strict=True), start=2):
+                window = window.narrow(axis, start, length)
+            made[:, :, number] = kernel @ window.flatten(1, -2)
+        return made.flatten(1, 2)
+
+    def moments(self, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """D S and D S Dᵀ, the second exactly symmetric, for second moments S [g, F, F] of the patches."""
+        with_inputs = self(gram)
+        seen = self(with_inputs.mT)
+        return with_inputs, (seen + seen.mT) / 2
+
+
+def patch_map(chain: Sequence[Any]) -> PatchMap:
+    """What the last layer of a chain sees of the patches of the one convolution that it is: float64."""
+    *before, last = chain
+    groups, channels = before[0].groups, before[0].in_channels // before[0].groups
+    extent = [1 + sum(item.kernel_size[axis] - 1 for item in before) for axis in range(len(last.kernel_size))]
+    features = channels * math.prod(extent)
+    units = torch.eye(features, dtype=torch.float64).reshape(features, 1, channels, *extent)
+    value = units.expand(features, groups, channels, *extent).flatten(1, 2)
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(extent) - 1]
+    for item in before:
         value = convolve(value, item.weight.detach().double(), groups=groups)
-    found: Tensor = value.unflatten(1, (groups, -1)).flatten(2).permute(1, 2, 0).contiguous()
-    return found
+    kernel = value.flatten(1).T.reshape(groups, -1, channels, *extent)
+    return PatchMap(kernel.contiguous(), tuple(last.kernel_size))

@@ -18,7 +18,7 @@ from torch import Tensor, linalg
 
 from ._stack_refining import cholesky_factor
 
-_ROUNDS = 5
+_ROUNDS = 20
 """Of alternation towards the nearest Kronecker product; each halves what is left, or better."""
 
 
@@ -103,11 +103,11 @@ def input_metric(gram: Tensor, inputs: int, kernel: Sequence[int], axes: Sequenc
     near, far = inputs * math.prod(kernel[axis] for axis in axes), math.prod(kernel[axis] for axis in later)
     both = gram.reshape(groups, inputs, *kernel, inputs, *kernel)
     both = both.permute(0, *(1 + item for item in order), *(2 + dims + item for item in order))
-    blocks = both.reshape(groups, near, far, near, far)
-    others = torch.eye(far, dtype=gram.dtype).expand(groups, far, far) / far
+    blocks = both.reshape(groups, near, far, near, far).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
+    of_taps = blocks @ blocks.mT  # [g, far * far, far * far]: alternation is power iteration on this
+    others = torch.eye(far, dtype=gram.dtype).reshape(1, 1, -1).expand(groups, -1, -1) / far
     for _ in range(_ROUNDS):
-        metric = torch.einsum("gajbk,gjk->gab", blocks, others)
-        others = torch.einsum("gajbk,gab->gjk", blocks, metric)
-        others = others / others.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300).view(-1, 1, 1)
-    metric = torch.einsum("gajbk,gjk->gab", blocks, others)
+        others = others @ of_taps
+        others = others / others[:, :, :: far + 1].sum(2, keepdim=True).clamp_min(1e-300)
+    metric: Tensor = (others @ blocks).unflatten(2, (near, near)).squeeze(1)
     return (metric + metric.mT) / 2

@@ -16,6 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor, linalg
 
+from fxcompile.chains import PatchMap
 from fxcompile.layers import is_finite
 
 from ._stack_algebra import cut, split
@@ -135,10 +136,10 @@ def squared_norm(lacks: Tensor, gram: Tensor | None = None) -> float:
 def best_last(stages: list[Tensor], target: Tensor, moments: Tensor) -> Tensor:
     """The last stage that is best given the others: X (D S D^T) = W S D^T, with D the design of the others."""
     last = stages[-1]
-    design = _design(_prefix(stages, len(stages) - 1, target.shape[3:]), last.shape[3:])
-    seen = design @ moments
-    factor = cholesky_factor(seen @ design.mT, 1e-10)
-    return torch.cholesky_solve(seen @ target.flatten(2).mT, factor).mT.reshape(last.shape)
+    design = PatchMap(_prefix(stages, len(stages) - 1, target.shape[3:]), tuple(last.shape[3:]))
+    with_inputs, seen = design.moments(moments)
+    factor = cholesky_factor(seen, 1e-10)
+    return torch.cholesky_solve(with_inputs @ target.flatten(2).mT, factor).mT.reshape(last.shape)
 
 
 def _coordinates(stages: list[Tensor], moments: Tensor, grid: Sequence[int]) -> list[Coordinates]:
@@ -150,8 +151,7 @@ def _coordinates(stages: list[Tensor], moments: Tensor, grid: Sequence[int]) -> 
     found: list[Coordinates] = []
     for at, x in enumerate(stages):
         reach = [1 + sum(y.shape[3 + axis] - 1 for y in stages[at:]) for axis in range(len(grid))]
-        design = _design(_prefix(stages, at, grid), reach) if at else None
-        seen = moments if design is None else design @ moments @ design.mT
+        seen = PatchMap(_prefix(stages, at, grid), tuple(reach)).moments(moments)[1] if at else moments
         if at == len(stages) - 1:
             found.append((None, cholesky_factor(seen, 1e-10), tuple(x.shape)))
             continue
