@@ -5,6 +5,7 @@ from .eliminate_identity import EliminateIdentity
 from .fold_batchnorm import FoldBatchNorm
 from .group_shuffle import GroupShuffle
 from .head_to_conv import HeadToConv
+from .reduce_grid import ReduceGrid
 from .split_kernels import SplitKernels
 from .stack_kernels import StackKernels
 
@@ -14,6 +15,7 @@ __all__ = [
     "FoldBatchNorm",
     "GroupShuffle",
     "HeadToConv",
+    "ReduceGrid",
     "SplitKernels",
     "StackKernels",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from fxcompile.patches import padding_amounts
 from fxcompile.program import Program
+from fxcompile.rewriting import Site
 
 
 def convolution(
@@ -81,6 +82,11 @@ def chain(
 def float64(conv: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer as they are fitted."""
     return conv.weight.detach().double(), None if conv.bias is None else conv.bias.detach().double()
+
+
+def channel_axis(site: Site) -> int:
+    """The axis of the channels in what a site of a convolution takes: 1, or 0 where it takes a single sample."""
+    return len(site.input_shape) - len(site.layer.kernel_size) - 1
 
 
 def even_padding(conv: Any) -> tuple[int, ...] | None:

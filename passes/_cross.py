@@ -7,39 +7,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fxcompile.fitting import solve
 from fxcompile.layer_stats import LayerStats
 from fxcompile.patches import padding_amounts
 
-from ._call import Call
+from ._branches import Branches, pad_ahead
 from ._convolutions import convolution, float64
 
 
-class Branches(nn.Module):
-    """Layers over the same input; their outputs are added, or joined along the channels and put in order."""
-
-    order: Tensor | None
-
-    def __init__(self, branches: Sequence[nn.Module], order: Tensor | None = None) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
-        self.joined = order is not None
-        in_order = order is None or torch.equal(order, torch.arange(len(order)))
-        self.register_buffer("order", None if in_order else order)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, *positions] -> [N, O, *positions]"""
-        outputs = [branch(x) for branch in self.branches]
-        if not self.joined:
-            total: Tensor = sum(outputs[1:], start=outputs[0])
-            return total
-        joined = torch.cat(outputs, 1)
-        return joined if self.order is None else torch.index_select(joined, 1, self.order)
-
-
-def branches(conv: Any, merge: Literal["sum", "concat"], stats: LayerStats | None) -> nn.Module:
+def branches(conv: Any, merge: Literal["sum", "concat"], stats: LayerStats | None, channel_axis: int = 1) -> nn.Module:
     """The branches for a convolution, solved on its statistics if there are any."""
     axes = [axis for axis, size in enumerate(conv.kernel_size) if size > 1]
     lines = [line(conv.kernel_size, axis) for axis in axes]
@@ -57,7 +34,7 @@ def branches(conv: Any, merge: Literal["sum", "concat"], stats: LayerStats | Non
     for index, (axis, (weight, bias)) in enumerate(zip(axes, solved, strict=True)):
         mine = owners == index
         made.append(branch(conv, along(weight[mine], axis), None if bias is None else bias[mine], axis))
-    return Branches(made, owners.argsort(stable=True).argsort())
+    return Branches(made, owners.argsort(stable=True).argsort(), channel_axis)
 
 
 def line(kernel: Sequence[int], axis: int) -> Tensor:
@@ -131,4 +108,4 @@ def branch(conv: Any, weight: Tensor, bias: Tensor | None, axis: int) -> nn.Modu
     )
     if even:
         return made
-    return nn.Sequential(Call(functional.pad, [amount for pair in reversed(sides) for amount in pair]), made)
+    return nn.Sequential(pad_ahead(sides), made)

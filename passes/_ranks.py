@@ -25,19 +25,13 @@ class Draft(NamedTuple):
     weight: Tensor
 
 
-class RankedPass(Pass):
-    """A pass that puts channels between two layers: the options that say how many."""
+class WidthPass(Pass):
+    """A pass that puts so many channels somewhere: the options that say how many."""
 
     rank: int | float = Field(
         0.5,
         gt=0,
         description="share of the layer's MACs to spend, as a fraction; or the channels between, as an integer",
-    )
-    energy: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="instead of rank: the fewest channels between that keep this share of the weight's squared norm",
     )
     round_to: int | None = Field(
         None,
@@ -47,15 +41,45 @@ class RankedPass(Pass):
     )
     min_saving: float | None = Field(0.0, le=1, description="smallest share of its MACs that a site must save")
 
+    def rewrite(self, site: Site) -> Replacement:
+        """The best that is known without held-out data: from the data if there are any, else from the weights."""
+        return list(self.candidates(site))[-1]
+
+    def differs(self, option: str) -> bool:
+        """Whether an option has another value than by default."""
+        return bool(getattr(self, option) != type(self).model_fields[option].default)
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether the weight says how many channels there are, and not its cost or the user."""
+        return False
+
+    @property
+    def rounding(self) -> int:
+        """The multiple that the channels are rounded to."""
+        return self.round_to or (ROUND_TO if not self.by_weight and isinstance(self.rank, float) else 1)
+
+
+class RankedPass(WidthPass):
+    """A pass that puts channels between two layers."""
+
+    energy: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="instead of rank: the fewest channels between that keep this share of the weight's squared norm",
+    )
+
     @model_validator(mode="after")
     def _rank_or_energy(self) -> Self:
         if self.energy is not None and self.differs("rank"):
             raise ValueError("give rank or energy, not both")
         return self
 
-    def rewrite(self, site: Site) -> Replacement:
-        """The best that is known without held-out data: from the data if there are any, else from the weights."""
-        return list(self.candidates(site))[-1]
+    @property
+    def by_weight(self) -> bool:
+        """Whether the weight says how many channels there are, and not its cost or the user."""
+        return self.energy is not None
 
     def draft(self, site: Site, weight: Tensor, gram: Tensor | None = None, steps: int = 0) -> Draft:
         """What would stand in a site's place, in a fraction of the time of a fit: to tell how near that comes.
@@ -66,20 +90,6 @@ class RankedPass(Pass):
             steps: of all layers together, after the closed form, where there is S.
         """
         raise NotImplementedError
-
-    def differs(self, option: str) -> bool:
-        """Whether an option has another value than by default."""
-        return bool(getattr(self, option) != type(self).model_fields[option].default)
-
-    @property
-    def by_weight(self) -> bool:
-        """Whether the weight says how many channels there are, and not its cost or the user."""
-        return self.energy is not None
-
-    @property
-    def rounding(self) -> int:
-        """The multiple that the channels between are rounded to."""
-        return self.round_to or (ROUND_TO if not self.by_weight and isinstance(self.rank, float) else 1)
 
     def too_costly(self, share: float, groups: int) -> str | None:
         """Why layers that cost this share of the MACs of a site's layer, which has so many groups, are not worth it."""

@@ -17,7 +17,7 @@ from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
 from ._chain_fitting import fit_statistics, fitted_by
-from ._convolutions import convolution, float64, why_tied
+from ._convolutions import channel_axis, convolution, float64, why_tied
 from ._grouping import Pair, by_group, compose, held, lost, nearest_pair, refined, singular_values
 from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_up
 from ._reordering import shuffle
@@ -164,8 +164,7 @@ class GroupShuffle(RankedPass):
         last = convolution(conv, columns[(..., *[None] * len(conv.kernel_size))], bias, groups=groups * outs)
         if not shuffled:
             return [first, last]
-        axis = len(site.input_shape) - len(conv.kernel_size) - 1
-        return [first, shuffle(groups, ins, outs, width, axis), last]
+        return [first, shuffle(groups, ins, outs, width, channel_axis(site)), last]
 
 
 @dataclass(frozen=True, order=True)

@@ -18,7 +18,7 @@ from fxcompile.rewriting import Replacement, Site, Skip
 from . import _cross as cross
 from . import _separable as separable
 from ._chain_fitting import drafted, fit_statistics, fitted
-from ._convolutions import chain, even_padding, float64, why_tied
+from ._convolutions import chain, channel_axis, even_padding, float64, why_tied
 from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_up
 from ._relus import WithRelus
 from ._stack_refining import best_last, squared_norm
@@ -104,7 +104,7 @@ class SplitKernels(WithRelus, RankedPass):
         measured = fit_statistics(site)
         for stats in [None] if measured is None else [None, measured]:
             if self.arrangement == "parallel":
-                yield cross.branches(conv, self.merge, stats)
+                yield cross.branches(conv, self.merge, stats, channel_axis(site))
                 continue
             weight, bias = float64(conv)
             if stats is None:

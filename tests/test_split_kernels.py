@@ -267,6 +267,14 @@ def test_outputs_that_are_lines_are_joined_in_their_order(kernel: tuple[int, int
         assert relative(outputs(result.module, x), outputs(layer, x)) < 1e-10
 
 
+def test_a_single_sample_without_a_batch_is_joined_along_its_channels() -> None:
+    layer = conv(4, 6, 3, 3, padding=1)
+    x = randn(4, 6, 5)
+    passes = [SplitKernels(arrangement="parallel", merge="concat", min_saving=None)]
+    result = PassManager(passes, verify_examples=2).run(trace(layer, x))
+    assert outputs(result.module, x).shape == outputs(layer, x).shape
+
+
 def test_the_cross_is_the_least_squares_one() -> None:
     """Against the normal equations of the patches, bias included."""
     layer = conv(4, 5, 3, 3, padding=1)
