@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, fx, nn
@@ -16,6 +16,9 @@ from fxcompile.labels import node_name
 from fxcompile.layers import as_double, converted
 from fxcompile.options import refusal
 from fxcompile.program import Program, shape_of
+
+if TYPE_CHECKING:
+    from fxcompile.planning import Planning
 
 Pairs = tuple[tuple[Tensor, Tensor], ...]
 """Batches of (what a site's input is now, what its output was in the original model)."""
@@ -159,6 +162,12 @@ class Pass(BaseModel):
         Only passes that are not exact are asked; by default there is one, that of `rewrite`.
         """
         yield self.rewrite(site)
+
+    def plan(self, planning: Planning) -> Pass:
+        """Look at the whole program before the first site is rewritten: the pass that is run in the place of this one,
+        with what it has decided on. By default itself.
+        """
+        return self
 
     def selects(self, name: str) -> bool:
         """Whether `only` and `skip` let the pass touch the layer."""

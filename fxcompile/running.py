@@ -23,6 +23,7 @@ from fxcompile.given import Given
 from fxcompile.gradients import unreached
 from fxcompile.labels import describe_layer, function_name, node_name
 from fxcompile.layers import is_finite
+from fxcompile.planning import Planning
 from fxcompile.program import Program
 from fxcompile.progress import Progress
 from fxcompile.report import PassReport, Report, SiteReport
@@ -61,6 +62,7 @@ class Run:
     given: Given = field(default_factory=Given)
     made: dict[str, Fitted] = field(default_factory=dict)
     known: Mapping[str, Fitted] = field(default_factory=dict)
+    planned: Pass | None = None
 
     def apply(self, pass_: Pass, known: Mapping[str, Fitted] | None = None) -> PassReport:
         """Run one pass; what it breaks is raised or rolled back.
@@ -73,6 +75,8 @@ class Run:
         self.made, self.known = {}, known or {}
         self._note_globs(pass_)
         with self.watch.stage(pass_.name):
+            notes = self.record.notes
+            pass_ = self.planned = pass_.plan(Planning(self.program, self.data, self.seed, self.progress, notes))
             with self.watch.stage("analysis"):
                 report = PassReport(str(pass_), pass_.promise.name, before=program_cost(self.program))
                 snapshot = self.program.snapshot()

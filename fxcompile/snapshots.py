@@ -59,7 +59,10 @@ class Snapshots:
 
     def apply_next(self) -> tuple[PassReport, Program]:
         """Run the next pass; what it says, and the program after it."""
-        report = self.run.apply(self.passes[len(self.reports)])
+        index = len(self.reports)
+        report = self.run.apply(self.passes[index])
+        if self.run.planned is not None:  # what is run again in another way goes by the same plan
+            self.passes[index] = self.run.planned
         self.programs.append(self.run.program.snapshot())
         self.reports.append(report)
         self.made.append(self.run.made)

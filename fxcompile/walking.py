@@ -69,8 +69,10 @@ class Walk:
         self.next = node
 
     def fork(self, node: fx.Node, values: list[Any]) -> Walk:
-        """A walk of its own which goes on from the node computed last, with other values for it."""
-        fork = Walk(self.program, self.batches)
+        """A walk of its own which goes on from the node computed last, with other values for it: for all batches, or
+        for the first of them.
+        """
+        fork = Walk(self.program, self.batches[: len(values)])
         fork.values = {**self.values, node: values}
         fork.done, fork.next, fork.inputs = set(self.done), self.next, self.inputs
         return fork

@@ -2,6 +2,7 @@
 
 from .bottleneck import Bottleneck
 from .eliminate_identity import EliminateIdentity
+from .factorize import Factorize
 from .fold_batchnorm import FoldBatchNorm
 from .group_shuffle import GroupShuffle
 from .head_to_conv import HeadToConv
@@ -12,6 +13,7 @@ from .stack_kernels import StackKernels
 __all__ = [
     "Bottleneck",
     "EliminateIdentity",
+    "Factorize",
     "FoldBatchNorm",
     "GroupShuffle",
     "HeadToConv",

@@ -91,6 +91,12 @@ class RankedPass(WidthPass):
         """
         raise NotImplementedError
 
+    def alternatives(self, site: Site) -> list[tuple[float, ...]]:
+        """What may stand in a site's place under these options, of which the data choose: for each the share of the
+        layer's MACs that it costs, and what its channels are. Two passes that agree in this give the same.
+        """
+        raise NotImplementedError
+
     def too_costly(self, share: float, groups: int) -> str | None:
         """Why layers that cost this share of the MACs of a site's layer, which has so many groups, are not worth it."""
         if not self.by_weight and isinstance(self.rank, float) and share > self.rank * (1 + 1e-9):

@@ -103,6 +103,12 @@ class Bottleneck(WithRelus, RankedPass):
         layers = self.layers(site.layer, stages, float64(site.layer)[1])
         return Draft(layers, compose(stages, work.groups).reshape(weight.shape))
 
+    def alternatives(self, site: Site) -> list[tuple[float, ...]]:
+        """One, with its ranks."""
+        work = self.work(site)
+        ranks = self.ranks(site, work)
+        return [(work.share(ranks), *ranks)]
+
     def layers(self, layer: Any, stages: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
         """The layers with these weights: stride and padding go to the one with the kernel, or the padding, before a
         ReLU, to the first.

@@ -122,13 +122,20 @@ class GroupShuffle(RankedPass):
 
     def nearest(self, site: Site, weight: Tensor, gram: Tensor | None = None) -> Pair:
         """The pair for a weight [G, O, F], of all forms that may be chosen; in the norm of S [G, F, F] if given."""
-        forms = self.forms(site)
+        forms = self.affordable_forms(site)
+        tried = (nearest_pair(weight, form.ins, form.outs, form.width, gram) for form in forms)
+        return min(tried, key=lambda pair: lost(pair, weight, gram))
+
+    def alternatives(self, site: Site) -> list[tuple[float, ...]]:
+        """The forms."""
+        return [(form.share, form.ins, form.outs, form.width) for form in self.affordable_forms(site)]
+
+    def affordable_forms(self, site: Site) -> list[Form]:
+        """Those that cost no more than the share that `rank` gives; else the one that costs least."""
+        forms, fit = self.forms(site), []
         if not self.by_weight and isinstance(self.rank, float):
             fit = [form for form in forms if not self.too_costly(form.share, 1)]
-        else:
-            fit = []
-        tried = (nearest_pair(weight, form.ins, form.outs, form.width, gram) for form in fit or [min(forms)])
-        return min(tried, key=lambda pair: lost(pair, weight, gram))
+        return fit or [min(forms)]
 
     def forms(self, site: Site) -> list[Form]:
         """Those that the options and the channels allow."""

@@ -139,12 +139,18 @@ class SplitKernels(WithRelus, RankedPass):
         return [kernel.flatten(0, 1) for kernel in min(tried)[2]]
 
     def ways(self, site: Site) -> list[tuple[Axes, int]]:
-        """The axes that the first layer may have, with the channels between for each group; with `energy` only the
-        cheapest.
-        """
+        """The axes that the first layer may have, with the channels between for each group."""
+        return [(axes, width) for _, axes, width in self.affordable_ways(site)]
+
+    def alternatives(self, site: Site) -> list[tuple[float, ...]]:
+        """The ways, with the channels between and the axes of the first layer."""
+        return [(share, width, *axes) for share, axes, width in self.affordable_ways(site)]
+
+    def affordable_ways(self, site: Site) -> list[tuple[float, Axes, int]]:
+        """Those of all that the options allow; with `energy` only the cheapest."""
         ways = self.all_ways(site)
         fit = [way for way in ways if not self.by_weight and not self.too_costly(way[0], site.layer.groups)]
-        return [(axes, width) for _, axes, width in fit or [min(ways)]]
+        return fit or [min(ways)]
 
     def all_ways(self, site: Site) -> list[tuple[float, Axes, int]]:
         """What each way costs, as a share of the layer's MACs; the axes of its first layer; the channels between."""

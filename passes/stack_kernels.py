@@ -107,6 +107,10 @@ class StackKernels(WithRelus, RankedPass):
         stages = drafted(stages, weight, gram, conv.groups, steps)
         return Draft(self.layers(conv, stages, float64(conv)[1]), compose(stages, conv.groups))
 
+    def alternatives(self, site: Site) -> list[tuple[float, ...]]:
+        """One, with its widths."""
+        return [(self.macs_share(site), *self.widths(site))]
+
     def layers(self, conv: Any, stages: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
         """The layers with these weights: the first has the padding, the last the stride."""
         dims = len(conv.kernel_size)

@@ -1,0 +1,299 @@
+"""factorize: how costs are shared out among layers, which pass each gets, and what stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fxcompile.passes import Bottleneck, Factorize, GroupShuffle, SplitKernels, StackKernels
+from fxcompile.passes import _drafts as drafts
+from fxcompile.passes._ranks import RankedPass
+from helpers import Net, assert_text_means_the_same, conv, images, outputs, randn, relative
+from torch import Tensor, nn
+
+from fxcompile.bisecting import bisect
+from fxcompile.errors import PipelineError
+from fxcompile.manager import PassManager, Result
+from fxcompile.pipeline import parse_pipeline
+from fxcompile.rewriting import Pass
+from fxcompile.testing import check_pass
+from fxcompile.tracing import trace
+
+OPTIONS: list[dict[str, Any]] = [
+    {"round_to": 1},
+    {"saving": 0.9},
+    {"saving": 0.2, "variants": ["split-kernels", "bottleneck"], "round_to": 1},
+    {"saving": 0.0},
+]
+
+
+def factorized(model: nn.Module, x: Tensor, calibration: Tensor | None = None, **options: Any) -> Result:
+    passes = [Factorize(**{"round_to": 1, **options})]
+    return PassManager(passes, calibration=calibration, verify_examples=2).run(trace(model.eval(), x[:2]))
+
+
+def separable_conv(channels: int, rank: int, seed: int) -> Any:
+    """5x5, and 5x1 and 1x5 in truth."""
+    layer = conv(channels, channels, 5, 5, padding=2, seed=seed)
+    columns, rows = randn(rank, channels, 5, seed=seed + 1), randn(channels, rank, 5, seed=seed + 2)
+    layer.weight.data = torch.einsum("orj,rci->ocij", rows, columns) / 20
+    return layer
+
+
+def narrow_conv(channels: int, rank: int, seed: int) -> Any:
+    """5x5, and between two 1x1 in truth."""
+    layer = conv(channels, channels, 5, 5, padding=2, seed=seed)
+    core = randn(rank, rank, 5, 5, seed=seed + 1)
+    weight = torch.einsum("os,srij,rc->ocij", randn(channels, rank, seed=seed + 2), core, randn(rank, channels))
+    layer.weight.data = weight / 100
+    return layer
+
+
+def block_conv(channels: int, rank: int, seed: int) -> Any:
+    """5x5, and one of `rank` kernels on each input and a 1x1 in truth."""
+    layer = conv(channels, channels, 5, 5, padding=2, seed=seed)
+    kernels, mix = randn(channels, rank, 5, 5, seed=seed + 1), randn(channels, channels, rank, seed=seed + 2)
+    layer.weight.data = torch.einsum("crij,ocr->ocij", kernels, mix) / 20
+    return layer
+
+
+def planted() -> Net:
+    """Three layers, each of which another pass finds out."""
+    return Net(lambda m, x: m.third(m.second(m.first(x).relu()).relu()),
+               first=separable_conv(8, 4, 1), second=narrow_conv(8, 3, 4), third=block_conv(8, 2, 7))  # fmt: skip
+
+
+def sites(result: Result) -> dict[str, Any]:
+    return {site.name: site for site in result.record.passes[0].sites}
+
+
+def macs(result: Result) -> float:
+    return result.record.after.macs / result.record.before.macs
+
+
+# ---- what each layer gets --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_each_layer_gets_the_pass_that_finds_it_out(calibrated: bool) -> None:
+    x = images(24, 8, 10, 10)
+    result = factorized(planted(), x, x if calibrated else None, saving=0.55)
+    assert [site.error < 1e-6 for site in sites(result).values()] == [True] * 3
+    assert relative(outputs(result.module, x), outputs(planted(), x)) < 1e-6
+    assert macs(result) <= 0.45
+    shapes = {name: site.change.partition(" -> ")[2] for name, site in sites(result).items()}
+    assert "5x1" in shapes["first"]
+    assert "1x5" in shapes["first"]
+    assert shapes["second"].startswith("Conv2d 8->3 1x1" if calibrated else "Conv2d 8->5 1x1")
+    assert "groups=8" in shapes["third"]
+
+
+def test_no_single_pass_at_a_uniform_share_is_as_near() -> None:
+    x, unseen = images(40, 8, 10, 10), images(20, 8, 10, 10, seed=60)
+    net = Net(lambda m, x: m.third(m.second(m.first(x).relu()).relu()),
+              first=separable_conv(8, 5, 1), second=conv(8, 8, 3, 3), third=block_conv(8, 2, 7))  # fmt: skip
+    wanted = outputs(net, unseen)
+    ours = factorized(net, x, x, saving=0.5)
+    found = relative(outputs(ours.module, unseen), wanted)
+    assert macs(ours) <= 0.5
+    singles: list[Pass] = [
+        SplitKernels(rank=0.5, round_to=1),
+        Bottleneck(rank=0.5, round_to=1),
+        GroupShuffle(rank=0.5, round_to=1),
+        GroupShuffle(rank=0.5, style="depthwise", round_to=1),
+    ]
+    for pass_ in singles:
+        other = PassManager([pass_], calibration=x, verify="off").run(trace(net, x[:2]))
+        assert found < 0.8 * relative(outputs(other.module, unseen), wanted)
+
+
+def test_the_nearest_of_the_contenders_on_held_out_data_is_kept() -> None:
+    """The error of each site is the least of what the variants alone come to at the same share."""
+    x = images(48, 8, 9, 9)
+    layer = conv(8, 12, 5, 5, padding=2)
+    whole = factorized(layer, x, x, saving=0.5)
+    (site,) = whole.record.passes[0].sites
+    for variant in ("split-kernels", "bottleneck", "group-shuffle", "stack-kernels"):
+        (alone,) = factorized(layer, x, x, saving=0.5, variants=[variant]).record.passes[0].sites
+        assert site.error <= alone.error * 1.02
+
+
+# ---- the sum ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saving", [0.2, 0.5, 0.7])
+def test_the_network_saves_what_was_asked_for(saving: float) -> None:
+    x = randn(24, 8, 10, 10)
+    net = Net(lambda m, x: m.fc(m.third(m.second(m.first(x).relu()).relu()).mean((2, 3))),
+              first=conv(8, 16, 5, 5, padding=2), second=conv(16, 16, 3, 3, stride=2, padding=1),
+              third=conv(16, 8, 1, 1), fc=nn.Linear(8, 4).double())  # fmt: skip
+    result = factorized(net, x, x, saving=saving)
+    assert 1 - saving - 0.1 < macs(result) <= 1 - saving
+    assert not result.record.notes
+
+
+def test_what_matters_less_to_the_outputs_gives_more() -> None:
+    """Two equal layers side by side, one of which counts for a hundredth."""
+    x = images(24, 8, 9, 9)
+    net = Net(lambda m, x: m.strong(x) + 0.01 * m.weak(x), strong=conv(8, 8, 5, 5), weak=conv(8, 8, 5, 5))
+    result = factorized(net, x, x, saving=0.4)
+    spent = {name: site.after.macs / site.before.macs for name, site in sites(result).items() if site.before.macs}
+    assert spent["weak"] < 0.4
+    assert spent.get("strong", 1.0) > 0.6
+
+
+def test_a_layer_that_is_called_twice_counts_twice() -> None:
+    x = images(16, 8, 9, 9)
+    net = Net(lambda m, x: m.once(m.twice(m.twice(x).relu()).relu()),
+              twice=conv(8, 8, 5, 5, padding=2), once=conv(8, 8, 5, 5, padding=2))  # fmt: skip
+    result = factorized(net, x, x, saving=0.5, only=["twice"])
+    assert macs(result) <= 0.5
+    assert macs(result) > 0.4
+
+
+def test_a_saving_out_of_reach_is_noted_and_the_most_is_saved() -> None:
+    x = images(16, 8, 9, 9)
+    net = Net(lambda m, x: m.second(m.first(x).relu()), first=conv(8, 8, 3, 3), second=conv(8, 8, 3, 3))
+    result = factorized(net, x, x, saving=0.8, only=["second"])
+    (note,) = result.record.notes
+    assert note.startswith("factorize: saving=0.8 is out of reach, its sites save ")
+    share = float(note.partition("save ")[2].partition("%")[0]) / 100
+    assert 1 - macs(result) == pytest.approx(share, abs=0.03)
+    assert share > 0.3
+
+
+def test_saving_nothing_leaves_all() -> None:
+    x = images(16, 8, 9, 9)
+    net = planted()
+    result = factorized(net, x, x, saving=0)
+    assert {site.reason for site in sites(result).values()} == {"saving=0 leaves all layers as they are"}
+    assert torch.equal(outputs(result.module, x), outputs(net, x))
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_limits_hold() -> None:
+    x = images(24, 8, 10, 10)
+    net = Net(lambda m, x: m.second(m.first(x).relu()), first=conv(8, 8, 5, 5), second=conv(8, 8, 5, 5, seed=9))
+    result = factorized(net, x, x, saving=0.6, max_error=0.05)
+    assert all(site.error <= 0.05 for site in sites(result).values() if site.outcome == "kept")
+    result = factorized(net, x, x, saving=0.05, min_saving=0.5)
+    kept = [site for site in sites(result).values() if site.outcome == "kept"]
+    assert len(kept) == 1
+    assert kept[0].after.macs <= 0.5 * kept[0].before.macs
+    assert [site.reason for site in sites(result).values() if site.outcome == "left"] == [
+        "other layers save as much at less error"
+    ]
+    result = factorized(net, x, x, max_error=1e-9)
+    assert {site.reason for site in sites(result).values()} == {"no variant of it keeps to the limits"}
+
+
+def test_only_what_is_selected_changes() -> None:
+    x = images(24, 8, 10, 10)
+    result = factorized(planted(), x, x, saving=0.2, skip=["second"])
+    assert "second" not in sites(result)
+    assert macs(result) <= 0.8
+
+
+def test_a_layer_that_no_variant_serves_is_left_with_their_reasons() -> None:
+    x = images(16, 8, 9, 9)
+    net = Net(lambda m, x: m.second(m.first(x)) + m.third(x), first=conv(8, 8, 3, 3, padding=1),
+              second=conv(8, 8, 1, 3, padding=(0, 1), groups=8), third=conv(8, 8, 3, 3, padding=1))  # fmt: skip
+    net.third.weight = net.first.weight
+    reasons = {site.name: site.reason for site in factorized(net, x, x).record.passes[0].sites}
+    assert reasons["first"] == "it shares its weight with 'third', which would keep it"
+    assert reasons["second"].startswith("bottleneck: one channel a group between costs")
+    assert "; group-shuffle: it has one input in each of its groups" in reasons["second"]
+
+
+def test_a_layer_whose_weights_are_not_finite_is_left_with_the_reason() -> None:
+    x = images(16, 8, 9, 9)
+    net = Net(lambda m, x: m.second(m.first(x)), first=conv(8, 8, 3, 3), second=conv(8, 8, 3, 3))
+    net.second.weight.data[0, 0, 0, 0] = float("inf")
+    found = sites(PassManager([Factorize(round_to=1)], calibration=x, verify="off").run(trace(net, x[:2])))
+    assert found["second"].reason.startswith("it could not be fitted: 1 of 576 weights are NaN")
+
+
+# ---- drafts ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_style_s_options_cost_no_more_than_they_say() -> None:
+    layer, x = conv(16, 12, 5, 5, padding=2, stride=2), images(4, 16, 12, 12)
+    program = trace(layer, x[:2])
+    for site, styles in Factorize(round_to=1).served(program):
+        for style in styles:
+            found = drafts.distinct(style, site)
+            assert [share for share, _ in found] == sorted(share for share, _ in found)
+            for share, pass_ in found[::3]:
+                result = PassManager([pass_], verify="off").run(program)
+                spent = result.record.after.macs / result.record.before.macs
+                assert spent <= share * (1 + 1e-9)
+                assert share <= pass_.rank * (1 + 1e-9)
+
+
+def test_errors_between_drafts_lie_on_lines_of_their_logarithm() -> None:
+    shares, errors = [0.2, 0.4, 0.8], [1e-1, 1e-2, 1e-6]
+    assert [drafts.between(share, shares, errors) for share in shares] == errors
+    assert drafts.between(0.3, shares, errors) == pytest.approx(10**-1.5)
+    assert drafts.between(0.5, shares, errors) == pytest.approx(1e-3)
+    assert drafts.spread(4, 6) == [0, 1, 2, 3]
+    assert drafts.spread(11, 6) == [0, 2, 4, 6, 8, 10]
+    assert drafts.spread(23, 3) == [0, 11, 22]
+
+
+def test_the_weight_of_a_layer_is_what_its_error_does_to_the_outputs() -> None:
+    assert drafts.importance(0.5, 2.0, 8.0) == 0.25
+    assert drafts.importance(0.0, 2.0, 8.0) == 1e-6 / 8
+    assert drafts.importance(0.0, 0.0, 0.0) == 0.0
+    assert drafts.importance(float("inf"), 2.0, 8.0) == 1 / 8
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([1, 2])
+    assert drafts.distance_between([(a * 1.5, b)], [(a, b + 1)]) == pytest.approx(0.25)
+
+
+# ---- as a pass -------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_made_once_and_holds_when_sites_are_left_out() -> None:
+    """The diagnosis compiles again without a site: the others are what they were."""
+    x = images(24, 8, 10, 10)
+    net = Net(lambda m, x: m.second(m.first(x).relu()), first=conv(8, 8, 5, 5), second=conv(8, 8, 5, 5, seed=9))
+    found = bisect(trace(net, x[:2]), [Factorize(saving=0.6, round_to=1)], calibration=x, emit=False)
+    assert len(found.sites) == 2
+    for site in found.sites:
+        assert site.without is not None
+        assert site.only is not None
+        assert site.without < found.errors[next(iter(found.errors))]
+        assert site.mends[0] == f"factorize(skip=[{site.name}], saving=0.6, round_to=1)"
+    assert found.sites[0].without == pytest.approx(found.sites[1].only, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_text_with_every_option_means_the_same_pass(options: dict[str, Any]) -> None:
+    assert_text_means_the_same(Factorize(**options))
+
+
+def test_wrong_options_are_refused() -> None:
+    for text, message in [
+        ("factorize(saving=1)", "option 'saving' of pass 'factorize' cannot be 1"),
+        ("factorize(variants=[other])", "option 'variants' of pass 'factorize' cannot be"),
+        ("factorize(variants=[])", "option 'variants' of pass 'factorize' cannot be"),
+    ]:
+        with pytest.raises(PipelineError, match=message):
+            parse_pipeline(text)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_kit_breaks_none_of_its_promises(options: dict[str, Any]) -> None:
+    exact = options.get("saving") == 0
+    summary = check_pass(Factorize(**options), examples=12 if not exact else 8, seed=3, onnx_examples=1, exact=exact)
+    assert exact or summary.with_sites >= 3
+
+
+def test_all_passes_of_the_family_are_among_the_variants() -> None:
+    kinds: set[type[RankedPass]] = {kind for item in Factorize().styles() for kind in [type(item(0.5))]}
+    assert kinds == {Bottleneck, GroupShuffle, SplitKernels, StackKernels}
+    assert len({str(item(0.5)) for item in Factorize().styles()}) == len(list(Factorize().styles()))
+    (stack,) = Factorize(variants=["stack-kernels"], round_to=4).styles()
+    assert stack(0.25) == StackKernels(rank=0.25, round_to=4, min_saving=None)
