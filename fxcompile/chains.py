@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fxcompile.layer_stats import LayerStats
 from fxcompile.layers import CONVOLUTIONS
@@ -100,10 +98,7 @@ class PatchMap:
         field, kernel = values.unflatten(1, (columns, *full)), self.kernel.flatten(2)
         made = values.new_empty(groups, rows, math.prod(self.reach), values.shape[2])
         for number, shift in enumerate(product(*map(range, self.reach))):
-            window = field
-            for axis, (start, length) in enumerate(zip(shift, extent, strict=True), start=2):
-                window = window.narrow(axis, start, length)
-            made[:, :, number] = kernel @ window.flatten(1, -2)
+            made[:, :, number] = kernel @ _window(field, 2, shift, extent).flatten(1, -2)
         return made.flatten(1, 2)
 
     def moments(self, gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,16 +108,29 @@ class PatchMap:
         return with_inputs, (seen + seen.mT) / 2
 
 
+def compose(kernels: Sequence[Tensor]) -> Tensor:
+    """The kernel [g, O, C, *k] of a chain of kernels [g, M_i, M_(i-1), *k_i] without strides; zeros stay zero."""
+    whole = kernels[0]
+    for kernel in kernels[1:]:
+        extent, rows = whole.shape[3:], whole.flatten(2)
+        full = [k + n - 1 for k, n in zip(extent, kernel.shape[3:], strict=True)]
+        made = rows.new_zeros(*kernel.shape[:2], whole.shape[2], *full)
+        for number, shift in enumerate(product(*map(range, kernel.shape[3:]))):
+            tap = kernel.flatten(3)[..., number] @ rows
+            _window(made, 3, shift, extent).add_(tap.unflatten(2, whole.shape[2:]))
+        whole = made
+    return whole
+
+
+def _window(values: Tensor, axis: int, shift: Sequence[int], extent: Sequence[int]) -> Tensor:
+    """A view of the part of this extent that begins at `shift`, on the axes from this one on."""
+    for at, (start, length) in enumerate(zip(shift, extent, strict=True), start=axis):
+        values = values.narrow(at, start, length)
+    return values
+
+
 def patch_map(chain: Sequence[Any]) -> PatchMap:
     """What the last layer of a chain sees of the patches of the one convolution that it is: float64."""
     *before, last = chain
-    groups, channels = before[0].groups, before[0].in_channels // before[0].groups
-    extent = [1 + sum(item.kernel_size[axis] - 1 for item in before) for axis in range(len(last.kernel_size))]
-    features = channels * math.prod(extent)
-    units = torch.eye(features, dtype=torch.float64).reshape(features, 1, channels, *extent)
-    value = units.expand(features, groups, channels, *extent).flatten(1, 2)
-    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(extent) - 1]
-    for item in before:
-        value = convolve(value, item.weight.detach().double(), groups=groups)
-    kernel = value.flatten(1).T.reshape(groups, -1, channels, *extent)
-    return PatchMap(kernel.contiguous(), tuple(last.kernel_size))
+    kernels = [item.weight.detach().double().unflatten(0, (item.groups, -1)) for item in before]
+    return PatchMap(compose(kernels), tuple(last.kernel_size))

@@ -21,6 +21,7 @@ from torch import Tensor, linalg
 
 from fxcompile.fitting import leading_outputs
 
+from ._separable import low_rank
 from ._stack_refining import Coordinates, cholesky_factor, descend, squared_norm
 
 _RIDGE, _DAMPING = 1e-2, 1e-10
@@ -77,9 +78,7 @@ def nearest_pair(weight: Tensor, ins: int, outs: int, width: int, gram: Tensor |
     """
     parts = blocks(weight, ins, outs)
     if gram is None:
-        u, s, vh = linalg.svd(parts, full_matrices=False)
-        scale = s[..., :width].sqrt()
-        inner, outer = scale.unsqueeze(4) * vh[..., :width, :], u[..., :width] * scale.unsqueeze(3)
+        outer, inner = (side.unflatten(0, parts.shape[:3]) for side in low_rank(parts.flatten(0, 2), width))
         return Pair(inner.transpose(1, 2), outer.transpose(2, 3))
     own = _own(gram, ins)
     if parts.shape[4] < parts.shape[3]:  # fewer taps than outputs: the same from that side

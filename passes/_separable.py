@@ -62,22 +62,22 @@ def nearest_pair(weight: Tensor, axes: Sequence[int], rank: int, metric: Tensor 
     """
     matrix = as_matrix(weight, axes)
     if metric is None:
-        left, right = _low_rank(matrix, rank)
+        left, right = low_rank(matrix, rank)
     else:
         root = cholesky_factor(metric, 1e-10)
-        left, right = _low_rank(root.mT @ matrix, rank)
+        left, right = low_rank(root.mT @ matrix, rank)
         left = linalg.solve_triangular(root.mT, left, upper=True)
     return as_pair(left, right, weight.shape, axes)
 
 
-def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """[g, n, m] -> [g, n, r], [g, r, m]: the nearest product, its factors of one size.
 
     A projection on the leading eigenvectors of the smaller Gram matrix, in a quarter of the time of a singular value
     decomposition; where r is all, their span is, whatever rounding does to each.
     """
     if matrix.shape[1] > matrix.shape[2]:
-        left, right = _low_rank(matrix.mT, rank)
+        left, right = low_rank(matrix.mT, rank)
         return right.mT, left.mT
     values, vectors = linalg.eigh(matrix @ matrix.mT)
     left = vectors[:, :, -rank:].flip(2)

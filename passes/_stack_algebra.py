@@ -19,7 +19,8 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from fxcompile import chains
 
 
 def stage_kernels(kernel: Sequence[int]) -> list[tuple[int, ...]]:
@@ -116,16 +117,7 @@ def split(weight: Tensor, groups: int) -> Tensor:
 
 def compose(stages: Sequence[Tensor], groups: int = 1) -> Tensor:
     """The dense kernel [O, C/g, *k] of the chain `stages` [M_i, M_{i-1}/g, *k_i]; zeros stay exact zeros."""
-    dense = split(stages[0], groups)
-    for stage in stages[1:]:
-        spatial = stage.shape[2:]
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(spatial) - 1]
-        image = dense.transpose(1, 2).transpose(0, 1).flatten(1, 2)  # inputs as the batch: [C, g*M, *k]
-        out = convolve(
-            image, stage.double().flip(*range(2, stage.dim())), padding=[k - 1 for k in spatial], groups=groups
-        )
-        dense = out.unflatten(1, (groups, -1)).transpose(0, 1).transpose(1, 2)
-    return dense.flatten(0, 1)
+    return chains.compose([split(stage, groups) for stage in stages]).flatten(0, 1)
 
 
 def amplification(stages: Sequence[Tensor], groups: int = 1) -> float:
