@@ -20,8 +20,8 @@ from ._grid import Mix, Moments, Parts, white
 RIDGE = 1e-2
 """The share of the patches' mean square that holds the outputs near what the weights alone give."""
 
-_STEPS = 8
-"""Of filling in what an activation hides; more change the error in the third digit."""
+_STEPS, _WORK = 8, 4e11
+"""Of filling in what an activation hides, and operations in all of them."""
 
 Range = tuple[float, float]
 
@@ -82,19 +82,29 @@ def from_data(
     moments = Moments(gram + level * prior, features)
     parts, bias = from_weights(target, width, mix)
     low, high = target.hidden
-    for _ in range(_STEPS if math.isfinite(low) or math.isfinite(high) else 1):
+    clamps = low > -math.inf or high < math.inf
+    for _ in range(steps_for(stats) if clamps else 1):
         dense = parts.dense
         cross, total = torch.zeros_like(near), torch.zeros_like(bias)
         for z, y in rows_of(conv, prepared, pairs):
             x, wanted = z.double().transpose(0, 1), y.double().unflatten(1, (groups, -1)).transpose(0, 1)
-            given = x @ dense.mT + bias.unsqueeze(1)
-            wanted = torch.where(wanted <= low, given.clamp_max(low), wanted)
-            wanted = torch.where(wanted >= high, given.clamp_min(high), wanted)
-            cross += (x - stats.mean_in.unsqueeze(1)).mT @ wanted
+            if clamps:
+                given = torch.baddbmm(bias.unsqueeze(1), x, dense.mT)
+                wanted = torch.where(wanted <= low, given.clamp_max(low), wanted)
+                wanted = torch.where(wanted >= high, given.clamp_min(high), wanted)
+            cross.baddbmm_(x.mT, wanted)
             total += wanted.sum(1)
-        parts = moments.parts(cross / stats.rows + level * near, width, mix)
-        bias = total / stats.rows - (parts.dense @ stats.mean_in.unsqueeze(2)).squeeze(2)
+        level_out = total / stats.rows
+        about_means = cross / stats.rows - stats.mean_in.unsqueeze(2) * level_out.unsqueeze(1)
+        parts = moments.parts(about_means + level * near, width, mix)
+        bias = level_out - (parts.dense @ stats.mean_in.unsqueeze(2)).squeeze(2)
     return parts, bias
+
+
+def steps_for(stats: LayerStats) -> int:
+    """How often what an activation hides is filled in: fewer times where each takes seconds."""
+    work = 4 * stats.rows * stats.features * stats.outputs
+    return min(max(int(_WORK / work), 2), _STEPS)
 
 
 def rows_of(
