@@ -52,13 +52,19 @@ def filled(layer: Any, like: Any, weight: Tensor, bias: Tensor | None) -> Any:
 
 
 def chain(
-    conv: Any, stages: Sequence[Tensor], bias: Tensor | None, strided: Sequence[int], padded: Sequence[int]
+    conv: Any,
+    stages: Sequence[Tensor],
+    bias: Tensor | None,
+    strided: Sequence[int],
+    padded: Sequence[int],
+    groups: Sequence[int] | None = None,
 ) -> list[nn.Module]:
     """Convolutions with these weights, one after the other, in the place of `conv`; the last one has the bias.
 
     Args:
         strided: for each axis, the number of the stage that has its stride.
         padded: the same for the padding; "same" is each stage's own.
+        groups: of each stage; by default those of `conv`.
     """
     made = []
     for at, weight in enumerate(stages):
@@ -73,7 +79,7 @@ def chain(
                 stride=tuple(n if at == owner else 1 for n, owner in zip(conv.stride, strided, strict=True)),
                 padding=padding,
                 dilation=tuple(n if size > 1 else 1 for n, size in zip(conv.dilation, weight.shape[2:], strict=True)),
-                groups=conv.groups,
+                groups=conv.groups if groups is None else groups[at],
             )
         )
     return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,8 +15,10 @@ from fxcompile.layers import CONVOLUTIONS
 from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
-from ._chain_fitting import drafted, fit_statistics, fitted
+from ._bottleneck_work import CanonicalWork, Work
+from ._chain_fitting import drafted, fit_statistics, fitted, fitted_by, too_large
 from ._convolutions import chain, even_padding, float64, linear, why_tied
+from ._polyadic import nearest_terms, product, refined_terms
 from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_down, rounded_up
 from ._relus import WithRelus
 from ._separable import as_matrix, singular_values
@@ -29,7 +30,8 @@ from ._vbmf import evidence_rank
 class Bottleneck(WithRelus, RankedPass):
     """conv[O, C, k, k]  =>  conv[R, C, 1, 1], conv[S, R, k, k], conv[O, S, 1, 1]              style=tucker
                       =>  conv[R, C, 1, 1], conv[O, R, k, k]                                style=inception
-    conv[O, C, 1, 1]  =>  conv[R, C, 1, 1], conv[O, R, 1, 1]        linear[O, C] likewise, in either style
+                      =>  conv[R, C, 1, 1], conv[R, 1, k, 1], conv[R, 1, 1, k], conv[O, R, 1, 1]    style=cp
+    conv[O, C, 1, 1]  =>  conv[R, C, 1, 1], conv[O, R, 1, 1]           linear[O, C] likewise, in any style
 
     From the weights alone, the Tucker decomposition over inputs and outputs by alternation (De Lathauwer et al. 2000;
     Kim et al. 2016), and for one reduction the singular value decomposition. With calibration data the best dense
@@ -37,19 +39,28 @@ class Bottleneck(WithRelus, RankedPass):
     of the layer's inputs, and to the inputs that matter the most to them; then all layers together are fitted to the
     error of the outputs, tr(E S E^T). Over single pixels that is reduced-rank regression, the best that there is.
 
+    `cp` is the canonical polyadic decomposition (Lebedev et al. 2015), in which every channel between goes through the
+    axes of the kernel by itself: by alternating least squares, held so that its terms do not cancel, and with
+    calibration data then all factors together as above. It is not known to find the best there is.
+
     `rank` as a share takes R and S in the same proportion to C and O; as channels, both are that many. With `energy`
     either reduction may lose half of what may be lost. `vbmf` takes the ranks that variational Bayes finds to stand out
     from noise (Nakajima et al. 2013), which are low: such networks want fine-tuning.
 
-    Stride, padding and dilation stay with the k x k layer, groups with all, the bias with the last, unless
-    `activation=relu` puts a ReLU between: then the others have one too, and the first pads for all.
+    Stride, padding and dilation stay with the k x k layer, or with the layers of their axes, groups with all, the bias
+    with the last, unless `activation=relu` puts a ReLU between: then the others have one too, and the first pads for
+    all.
     """
 
     name: ClassVar = "bottleneck"
-    contract: ClassVar = Approximate(exact_when="rank gives as many channels as go in and come out")
+    contract: ClassVar = Approximate(
+        exact_when="rank gives as many channels as go in and come out, with style=cp times the taps of the kernel"
+    )
 
-    style: Literal["tucker", "inception"] = Field(
-        "tucker", description="reduce inputs and outputs of kernels larger than one pixel, or inputs only"
+    style: Literal["tucker", "inception", "cp"] = Field(
+        "tucker",
+        description="for kernels larger than one pixel: reduce inputs and outputs, or inputs only, or split each axis "
+        "off, channel by channel",
     )
     vbmf: bool = Field(False, description="instead of rank: as many channels as stand out from noise in the weight")
     activation: Literal["none", "relu"] = Field("none", description="what stands between; relu wants fine-tuning")
@@ -58,6 +69,8 @@ class Bottleneck(WithRelus, RankedPass):
     def _one_measure(self) -> Self:
         if self.vbmf and (self.energy is not None or self.differs("rank")):
             raise ValueError("give vbmf, or one of rank and energy, not both")
+        if self.style == "cp" and self.by_weight:
+            raise ValueError("with style=cp only rank says how many channels there are")
         return self
 
     @property
@@ -84,6 +97,9 @@ class Bottleneck(WithRelus, RankedPass):
         check_finite(site.layer.weight, "weights")
         work, (weight, bias) = self.work(site), float64(site.layer)
         weight, ranks = with_taps(weight), self.ranks(site, work)
+        if isinstance(work, CanonicalWork):
+            yield from self.canonical(site, ranks[0])
+            return
 
         def start(wanted: Tensor, gram: Tensor | None = None) -> list[Tensor]:
             return reduced(wanted.reshape(weight.shape), ranks, work.groups, gram)
@@ -95,9 +111,46 @@ class Bottleneck(WithRelus, RankedPass):
                 stages, level = fitted(stats, weight, bias, work.groups, start, near=True)
             yield self.activated(self.layers(site.layer, stages, level), site)
 
+    def canonical(self, site: Site, rank: int) -> Iterator[Replacement]:
+        """The same with `style=cp`."""
+        weight, bias = float64(site.layer)
+
+        def fit(wanted: Tensor, gram: Tensor) -> tuple[list[Tensor], Tensor]:
+            target = as_axes(wanted, site.layer.groups)
+            factors = nearest_terms(target, rank, gram)
+            if not too_large(wanted):
+                factors = refined_terms(factors, target, gram)
+            return factors, product(factors).reshape(wanted.shape)
+
+        found = nearest_terms(as_axes(weight, site.layer.groups), rank)
+        yield self.activated(self.canonical_layers(site.layer, found, bias), site)
+        stats = fit_statistics(site)
+        if stats is not None:
+            yield self.activated(self.canonical_layers(site.layer, *fitted_by(stats, weight, bias, fit)), site)
+
+    def canonical_layers(self, conv: Any, factors: Sequence[Tensor], bias: Tensor | None) -> list[nn.Module]:
+        """The layers with these factors, each axis of the kernel in one of its own, with its stride and padding."""
+        outer, inner, *axes = (factor.mT for factor in factors)
+        ones, width = [1] * len(conv.kernel_size), outer.shape[0] * outer.shape[1]
+        long = [axis for axis, size in enumerate(conv.kernel_size) if size > 1]
+        stages = [inner.reshape(width, -1, *ones)]
+        for axis, factor in zip(long, axes, strict=True):
+            stages.append(factor.reshape(width, 1, *ones[:axis], -1, *ones[axis + 1 :]))
+        stages.append(outer.mT.reshape(conv.out_channels, -1, *ones))
+        owners = [long.index(axis) + 1 if axis in long else 0 for axis in range(len(ones))]
+        padded = [0] * len(owners) if self.activation == "relu" else owners
+        return chain(conv, stages, bias, owners, padded, [conv.groups, *[width] * len(long), conv.groups])
+
     def draft(self, site: Site, weight: Tensor, gram: Tensor | None = None, steps: int = 0) -> Draft:
         """The closed form, and so many joint steps."""
         work, target = self.work(site), with_taps(weight)
+        if isinstance(work, CanonicalWork):
+            target = as_axes(weight, work.groups)
+            factors = nearest_terms(target, self.ranks(site, work)[0], gram)
+            if gram is not None and steps and not too_large(weight):
+                factors = refined_terms(factors, target, gram, steps)
+            made = self.canonical_layers(site.layer, factors, float64(site.layer)[1])
+            return Draft(made, product(factors).reshape(weight.shape))
         stages = reduced(target, self.ranks(site, work), work.groups, gram)
         stages = drafted(stages, target, gram, work.groups, steps)
         layers = self.layers(site.layer, stages, float64(site.layer)[1])
@@ -130,7 +183,8 @@ class Bottleneck(WithRelus, RankedPass):
         elif self.activation == "relu":
             before = tuple(n + 2 * p for n, p in zip(before, even_padding(layer) or (), strict=True))
         outputs = layer.out_channels // layer.groups
-        return Work(layer.groups, layer.weight.shape[1], outputs, taps, math.prod(before), math.prod(after))
+        work = Work(layer.groups, layer.weight.shape[1], outputs, taps, math.prod(before), math.prod(after))
+        return CanonicalWork.of(work, layer.kernel_size, before, after) if self.style == "cp" and taps > 1 else work
 
     def ranks(self, site: Site, work: Work) -> tuple[int, ...]:
         """Channels between, for each group: R, and S where outputs are reduced too."""
@@ -158,6 +212,11 @@ class Bottleneck(WithRelus, RankedPass):
         return energy_rank(singular_values(weight, ()), 1 - (1 - self.energy) / reductions)
 
 
+def as_axes(weight: Tensor, groups: int) -> Tensor:
+    """A weight [O, C/g, *k] by group and without the axes that have one tap: [g, O/g, C/g, *k]."""
+    return weight.reshape(groups, -1, weight.shape[1], *[size for size in weight.shape[2:] if size > 1])
+
+
 def with_taps(weight: Tensor) -> Tensor:
     """A linear layer's weight as that of a convolution over single pixels; any other as it is."""
     return weight.reshape(*weight.shape, *[1] * (weight.dim() == 2))
@@ -173,43 +232,3 @@ def reduced(weight: Tensor, ranks: Sequence[int], groups: int, gram: Tensor | No
     else:
         stages = reduced_inputs(target, ranks[0], gram)
     return [stage.flatten(0, 1) for stage in stages]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What decides the cost of a layer: channels in each group, taps of the kernel, positions of the maps."""
-
-    groups: int
-    inputs: int
-    outputs: int
-    taps: int
-    before: int
-    after: int
-
-    @property
-    def dense(self) -> float:
-        """MACs of the layer."""
-        return self.groups * self.after * self.taps * self.inputs * self.outputs
-
-    @property
-    def most(self) -> tuple[int, int]:
-        """Channels from which on nothing is gained."""
-        return min(self.inputs, self.taps * self.outputs), min(self.outputs, self.taps * self.inputs)
-
-    def macs(self, ranks: Sequence[int]) -> float:
-        """MACs of the layers with so many channels between."""
-        if len(ranks) == 1:
-            return self.groups * ranks[0] * (self.before * self.inputs + self.after * self.taps * self.outputs)
-        inner, outer = ranks
-        behind = self.after * outer * (self.taps * inner + self.outputs)
-        return self.groups * (self.before * self.inputs * inner + behind)
-
-    def share(self, ranks: Sequence[int]) -> float:
-        """The same as a share of the layer's."""
-        return self.macs(ranks) / self.dense if self.dense else 1.0
-
-    def scale(self, share: float) -> float:
-        """The part of inputs and of outputs that costs this share: the root of a quadratic."""
-        square = self.after * self.taps * self.inputs * self.outputs
-        single = self.before * self.inputs**2 + self.after * self.outputs**2
-        return (math.sqrt(single**2 + 4 * square * share * square) - single) / (2 * square) if square else 1.0

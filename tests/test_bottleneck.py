@@ -45,7 +45,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"energy": 0.7, "style": "inception"},
     {"vbmf": True},
     {"rank": 4, "activation": "relu"},
+    {"rank": 6, "style": "cp"},
+    {"rank": 4, "style": "cp", "activation": "relu"},
 ]
+STYLES = ["tucker", "inception", "cp"]
 
 
 def narrowed(model: nn.Module, x: Tensor, calibration: Tensor | None = None, **options: Any) -> Result:
@@ -69,7 +72,7 @@ def cases(draw: st.DrawFn) -> tuple[Any, Tensor]:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(cases(), st.sampled_from(["tucker", "inception"]), st.booleans())
+@given(cases(), st.sampled_from(STYLES), st.booleans())
 def test_with_all_channels_it_computes_what_the_layer_did(
     case: tuple[Any, Tensor], style: str, calibrated: bool
 ) -> None:
@@ -81,17 +84,16 @@ def test_with_all_channels_it_computes_what_the_layer_did(
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(cases())
-def test_a_relu_is_the_identity_at_every_pixel(case: tuple[Any, Tensor]) -> None:
+@given(cases(), st.sampled_from(STYLES))
+def test_a_relu_is_the_identity_at_every_pixel(case: tuple[Any, Tensor], style: str) -> None:
     """On what it was calibrated on, borders included: all padding stands ahead of the first bias."""
     layer, x = case
     layer.padding_mode = "zeros"
+    passes = [Bottleneck(rank=4, style=style, activation=kind) for kind in ("none", "relu")]
     site = next(iter(Bottleneck(rank=4, min_saving=None).sites(trace(layer, x[:2]))))
     assert isinstance(site, Site)
     site = site.with_pairs(((x, outputs(layer, x)),))
-    linear, curved = (
-        nn.Sequential(*Bottleneck(rank=4, min_saving=None, activation=kind).rewrite(site)) for kind in ("none", "relu")
-    )
+    linear, curved = (nn.Sequential(*item.rewrite(site)) for item in passes)
     wanted = outputs(linear, x)
     assert sum(isinstance(inner, nn.ReLU) for inner in curved) == len(linear) - 1
     assert float((outputs(curved, x) - wanted).abs().max()) <= 1e-11 * float(wanted.abs().max())
@@ -222,7 +224,9 @@ def test_data_never_lose_to_the_weights(data: st.DataObject) -> None:
     assert found[1] <= found[0] * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("options", [{"rank": 0.4, "round_to": 1}, {"rank": 5, "style": "inception"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"rank": 0.4, "round_to": 1}, {"rank": 5, "style": "inception"}, {"rank": 20, "style": "cp"}], ids=str
+)
 def test_data_make_it_much_better_on_inputs_not_seen(options: dict[str, Any]) -> None:
     layer = conv(16, 16, 3, 3, padding=1)
     x, unseen = images(120, 16, 10, 10), images(60, 16, 10, 10, seed=50)
@@ -238,8 +242,9 @@ def test_data_make_it_much_better_on_inputs_not_seen(options: dict[str, Any]) ->
 @given(data=st.data())
 def test_the_share_of_the_cost_is_kept(data: st.DataObject) -> None:
     groups = data.draw(st.sampled_from([1, 2, 4]))
-    kernel = data.draw(st.sampled_from([(1, 1), (3, 3), (5, 3)]))
-    layer = conv(16 * groups, 24 * groups, *kernel, padding=kernel[0] // 2, stride=data.draw(st.integers(1, 2)),
+    kernel = data.draw(st.sampled_from([(1, 1), (3, 3), (5, 3), (1, 3), (3, 1)]))
+    stride = (data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)))
+    layer = conv(16 * groups, 24 * groups, *kernel, padding=kernel[0] // 2, stride=stride,
                  groups=groups)  # fmt: skip
     rank = data.draw(st.sampled_from([0.1, 0.3, 0.6, 0.9]))
     options = {"round_to": data.draw(st.sampled_from([None, 1, 3])), "style": data.draw(st.sampled_from(STYLES)),
@@ -257,16 +262,13 @@ def test_the_share_of_the_cost_is_kept(data: st.DataObject) -> None:
     assert work.dense == site.before.macs
 
 
-STYLES = ["tucker", "inception"]
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_a_share_is_nearly_used_up(style: str) -> None:
     site = only_site(narrowed(conv(64, 96, 3, 3, padding=1), randn(2, 64, 9, 9), rank=0.5, round_to=1, style=style))
     assert 0.48 * site.before.macs < site.after.macs <= 0.5 * site.before.macs
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["tucker", "inception"])
 def test_energy_keeps_its_share_of_the_weight(style: str) -> None:
     layer = conv(8, 10, 3, 3, padding=1, bias=False)
     stages = [inner.weight.detach() for inner in layers_of(narrowed(layer, randn(2, 8, 8, 8), energy=0.8, style=style))]
@@ -325,6 +327,8 @@ def test_layers_that_have_no_such_form_are_left_with_a_reason() -> None:
         ("bottleneck(rank=4, energy=0.9)", "give rank or energy, not both"),
         ("bottleneck(rank=4, vbmf=true)", "give vbmf, or one of rank and energy, not both"),
         ("bottleneck(energy=0.4, vbmf=true)", "give vbmf, or one of rank and energy, not both"),
+        ("bottleneck(style=cp, energy=0.4)", "with style=cp only rank says how many channels there are"),
+        ("bottleneck(style=cp, vbmf=true)", "with style=cp only rank says how many channels there are"),
         ("bottleneck(style=other)", "option 'style' of pass 'bottleneck' cannot be other"),
     ],
 )
@@ -381,3 +385,45 @@ def test_a_layer_of_more_features_than_a_gram_matrix_takes_is_fitted_behind_the_
     wanted = outputs(layer, unseen)
     errors = [relative(outputs(narrowed(layer, x, data, rank=6).module, unseen), wanted) for data in (None, x)]
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_golden_polyadic() -> None:
+    """Each axis of the kernel in a layer of its own, with the stride and the padding of that axis."""
+    layer = conv(8, 12, 3, 5, padding=(1, 2), stride=(2, 1), groups=2)
+    result = narrowed(layer, randn(2, 8, 12, 12), rank=6, style="cp")
+    assert printed(result.program) == "\n".join([
+        "weight.0 = Conv2d 8->6 1x1 groups=2(input)",
+        "weight.1 = Conv2d 6->6 3x1 /2x1 groups=6(weight.0)",
+        "weight.2 = Conv2d 6->6 1x5 groups=6(weight.1)",
+        "weight.3 = Conv2d 6->12 1x1 groups=2(weight.2)",
+        "return weight.3",
+    ])  # fmt: skip
+    made = layers_of(result)
+    assert [inner.padding for inner in made] == [(0, 0), (1, 0), (0, 2), (0, 0)]
+    assert [inner.bias is None for inner in made] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(("kernel", "rank"), [((5,), 4), ((3, 3), 6), ((3, 5), 6), ((3, 1), 3), ((3, 2, 3), 5)])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("data", [False, True])
+def test_terms_that_a_kernel_is_a_sum_of_are_found_out(
+    kernel: tuple[int, ...], rank: int, groups: int, data: bool
+) -> None:
+    layer = conv(6 * groups, 8 * groups, *kernel, padding=kernel[0] // 2, groups=groups)
+    layer.weight.data = torch.stack(
+        [
+            sum((one_term([8, 6, *kernel], seed=100 * group + term) for term in range(rank)), start=torch.zeros(()))
+            for group in range(groups)
+        ]
+    ).flatten(0, 1)
+    x = images(30, 6 * groups, *[9] * len(kernel))
+    result = narrowed(layer, x, x if data else None, rank=rank * groups, style="cp")
+    assert only_site(result).error < 1e-6
+
+
+def one_term(shape: Sequence[int], seed: int) -> Tensor:
+    """The outer product of a vector for each axis."""
+    term = torch.ones((), dtype=torch.float64)
+    for axis, size in enumerate(shape):
+        term = term.unsqueeze(-1) * randn(size, seed=10 * seed + axis)
+    return term
