@@ -21,6 +21,11 @@ class Reorder(nn.Module):
         return torch.index_select(x, self.axis, self.order)
 
 
+def reorder(order: Tensor, axis: int) -> list[nn.Module]:
+    """What puts channels in this order; nothing where they are in it."""
+    return [] if torch.equal(order, torch.arange(len(order))) else [Reorder(order, axis)]
+
+
 def shuffle(groups: int, ins: int, outs: int, width: int, axis: int) -> nn.Module:
     """Channels (g, a, b, r) in the order (g, b, r, a), for each of so many groups; a channel shuffle where there is one
     group, and samples in a batch.

@@ -44,6 +44,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"style": "depthwise", "energy": 0.6},
     {"style": "shuffle-unit", "energy": 0.8},
     {"style": "shuffle-unit", "rank": 8, "groups": 2},
+    {"style": "permuted"},
 ]
 
 
