@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxcompile.layers import BATCH_NORMS
+from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS
 from fxcompile.patches import padding_amounts
-from fxcompile.program import shape_of
+from fxcompile.program import dtype_of, shape_of
 from fxcompile.rewriting import Pairs, Site
 
 from . import _grid_fitting as fitting
 from ._branches import Branches, pad_ahead
-from ._convolutions import channel_axis, convolution, float64
+from ._convolutions import convolution, float64
 from ._grid import Mix
 from ._grid_sites import AVG_POOLS, CLAMPS, MAX_POOLS, each_axis, reach
 from ._reordering import Reorder
@@ -60,22 +60,26 @@ class Grid:
 
     @classmethod
     def of(cls, site: Site, whole: bool = False) -> Grid:
-        """The grid of a convolution, or of one with what follows up to a pooling.
+        """The grid of a convolution, of one with what follows up to a pooling, or of a pooling, as of one behind the
+        1x1 convolution that changes nothing.
 
         Args:
             whole: the strided convolution is to see all that such a pair saw; otherwise as much as the one before did.
         """
-        conv, dims = site.layer, len(site.layer.kernel_size)
+        layers: list[Any] = list(site.layers)
+        if isinstance(layers[0], (*MAX_POOLS, *AVG_POOLS)):
+            layers.insert(0, unchanging(site))
+        conv, dims = layers[0], len(layers[0].kernel_size)
         weight, bias = float64(conv)
         bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias
         stride, dilation, sides = tuple(conv.stride), tuple(conv.dilation), padding_amounts(conv)
         window = tuple(map(reach, conv.kernel_size, dilation))
-        for layer in site.layers[1:]:
+        for layer in layers[1:]:
             if isinstance(layer, BATCH_NORMS):
                 weight, folded = scale_outputs(conv, weight, bias, *affine(layer))
                 bias = folded if folded is not None else bias
-        if len(site.layers) > 1:
-            pool: Any = site.layers[-1]
+        if len(layers) > 1:
+            pool = layers[-1]
             size, gaps, stride = (each_axis(pool, name) for name in ("kernel_size", "dilation", "stride"))
             spare = [step - 1 if pool.ceil_mode else 0 for step in stride]
             around = zip(sides, each_axis(pool, "padding"), spare, strict=True)
@@ -85,17 +89,18 @@ class Grid:
             window = tuple(own + more - 1 for own, more in zip(window, map(reach, size, gaps), strict=True))
             if whole:
                 weight, dilation = averaged(weight, dilation, size, gaps), (1,) * dims
+        before = site.input_shape if conv is not site.layer else shape_of(site.node) or ()
         return cls(
             conv,
             weight,
             bias,
             dilation,
-            tuple(layer for layer in site.layers if isinstance(layer, CLAMPS)),
+            tuple(layer for layer in layers if isinstance(layer, CLAMPS)),
             stride,
             window,
             sides,
-            channel_axis(site),
-            math.prod((shape_of(site.node) or ())[-dims:]),
+            len(site.input_shape) - dims - 1,
+            math.prod(before[-dims:]),
             math.prod(site.output_shape[-dims:]),
         )
 
@@ -251,6 +256,16 @@ class Grid:
         """A layer over single pixels with a weight [O, C/g]."""
         made: nn.Module = convolution(self.conv, weight[(..., *[None] * len(self.window))], bias, groups=groups)
         return made
+
+
+def unchanging(site: Site) -> Any:
+    """A convolution over single pixels that gives what a site of a pooling takes."""
+    dims = len(each_axis(site.layer, "kernel_size"))
+    channels = site.input_shape[-1 - dims]
+    conv: Any = CONVOLUTIONS[dims - 1](channels, channels, 1, bias=False, device="meta")
+    weight = torch.eye(channels, dtype=dtype_of(site.node))
+    conv.weight = nn.Parameter(weight[(..., *[None] * dims)])
+    return conv
 
 
 def middle_window(whole: int, step: int) -> tuple[int, int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxcompile.labels import node_name
 from fxcompile.layers import BATCH_NORMS, is_finite
-from fxcompile.program import Program
+from fxcompile.program import Program, dtype_of
 from fxcompile.rewriting import Site
 
 from .fold_batchnorm import affine
@@ -48,9 +50,10 @@ def each_axis(layer: Any, name: str) -> tuple[int, ...]:
 
 def unfit(site: Site) -> str | None:
     """Why the nodes of a site are none that strided branches can stand for, or None."""
-    if len(site.nodes) == 1:
+    pool: Any = site.layers[-1]
+    if not isinstance(pool, (*MAX_POOLS, *AVG_POOLS)):
         return None
-    between, pool = list(site.layers[1:-1]), site.layers[-1]
+    between = list(site.layers[1:-1])
     for node in site.nodes[:-1]:
         if len(node.users) > 1:
             return f"the value of '{node_name(node)}' is used elsewhere, not only by its pooling"
@@ -74,6 +77,17 @@ def unfit(site: Site) -> str | None:
     ):
         return "its pooling leaves out windows that begin behind the map"
     return None
+
+
+def alone(program: Program, taken: Container[fx.Node]) -> Iterator[Site]:
+    """Poolings with a stride over maps of numbers, but for those already taken."""
+    names: set[str] = set()
+    for node in program.graph.nodes:
+        layer = program.layer(node)
+        if makes_smaller(layer) and node not in taken and (dtype_of(node) or torch.int64).is_floating_point:
+            name = node_name(node)
+            yield Site.of(program, node, name=node.name if name in names else name)
+            names.add(name)
 
 
 def reach(size: int, gap: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import fx
 
 from fxcompile.contracts import Trained
 from fxcompile.layer_stats import check_finite
@@ -13,11 +14,11 @@ from fxcompile.layers import CONVOLUTIONS
 from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
-from ._chain_fitting import MOST_FEATURES
+from ._chain_fitting import MOST_FEATURES, too_large
 from ._convolutions import why_tied
 from ._grid import Mix
 from ._grid_layers import Grid, Kind
-from ._grid_sites import to_pooling, unfit
+from ._grid_sites import MAX_POOLS, alone, to_pooling, unfit
 from ._ranks import WidthPass, rank_for
 
 
@@ -38,6 +39,9 @@ class ReduceGrid(WidthPass):
 
     A batch norm between is folded into the convolution. A ReLU, ReLU6 or Hardtanh comes last, and the branches are
     fitted to the outputs behind it. The window of the pooling is s or s + 1 wide, and in the middle of what was seen.
+
+    With `pools`, a pooling that no convolution precedes is taken for one behind a 1x1 convolution that changes nothing,
+    of whose MACs `rank` is the share then: a part of the channels is convolved over the window from there on.
     """
 
     name: ClassVar = "reduce-grid"
@@ -59,25 +63,47 @@ class ReduceGrid(WidthPass):
         "default whichever comes nearer, if rank is a share, else its own",
     )
 
+    pools: bool = Field(
+        False, description="also poolings by themselves, which adds to the cost: for training something better"
+    )
+
     def sites(self, program: Program) -> Iterator[Site | Skip]:
-        """Convolutions with a stride, and those with none that a pooling with a stride follows."""
+        """Convolutions with a stride, and those with none that a pooling with a stride follows; other poolings."""
         tied = program.tied()
+        found: list[tuple[fx.Node, Site | Skip]] = []
+        taken: set[fx.Node] = set()
         for node, conv in program.layers(*CONVOLUTIONS):
             nodes = [node] if max(conv.stride) > 1 else to_pooling(program, node)
-            if not nodes:
-                continue
-            site = Site.of(program, *nodes)
-            reason = why_tied(program, node, tied) or unfit(site)
-            if reason is None and not self.grids(site):
-                reason = self.too_narrow(self.all_grids(site)[0])
-            yield Skip.of(node, reason) if reason else site
+            if nodes:
+                site = Site.of(program, *nodes)
+                reason = why_tied(program, node, tied) or self.why_left(site)
+                found.append((node, Skip.of(node, reason) if reason else site))
+                taken.update(nodes)
+        for site in alone(program, taken):
+            reason = (
+                self.why_left(site)
+                if self.pools
+                else "no convolution of stride 1 leads to it alone, and it costs nothing by itself"
+            )
+            found.append((site.node, Skip(site.name, reason) if reason else site))
+        order = {node: index for index, node in enumerate(program.graph.nodes)}
+        yield from (item for _, item in sorted(found, key=lambda pair: order[pair[0]]))
+
+    def why_left(self, site: Site) -> str | None:
+        """Why a site has no such form, or None."""
+        reason = unfit(site)
+        if reason is None and not self.grids(site):
+            reason = self.too_narrow(self.all_grids(site)[0])
+        return reason
 
     def all_grids(self, site: Site) -> list[Grid]:
         """The kernels to choose from."""
+        if isinstance(site.layers[-1], CONVOLUTIONS):
+            return [Grid.of(site)]
+        if self.kernel is None and len(site.nodes) == 1:
+            return [Grid.of(site, whole=True)]
         kernels = [self.kernel or "own"]
-        if len(site.nodes) == 1:
-            kernels = ["own"]
-        elif self.kernel is None and isinstance(self.rank, float):
+        if self.kernel is None and isinstance(self.rank, float):
             kernels.append("whole")
         return [Grid.of(site, whole=kernel == "whole") for kernel in kernels]
 
@@ -112,11 +138,16 @@ class ReduceGrid(WidthPass):
 
     def candidates(self, site: Site) -> Iterator[Replacement]:
         """What the weights alone give, and what the data do with either pooling."""
-        check_finite(site.layer.weight, "weights")
-        kinds: tuple[Kind, ...] = (self.pool,) if self.pool else ("avg", "max")
         for grid in self.grids(site):
-            width = self.width(grid)
+            check_finite(grid.weight, "weights")
+            width, kinds = self.width(grid), self.kinds(site)
             yield grid.from_weights(width, self.mix, kinds[0])
             if site.pairs and grid.features <= MOST_FEATURES:
-                for kind in kinds:
+                for kind in kinds if not too_large(grid.weight) else kinds[:1]:
                     yield grid.from_data(width, self.mix, kind, site.pairs)
+
+    def kinds(self, site: Site) -> tuple[Kind, ...]:
+        """The poolings to choose from; first that which stands there, or the one that is linear."""
+        if self.pool is not None:
+            return (self.pool,)
+        return ("max", "avg") if isinstance(site.layers[-1], MAX_POOLS) else ("avg", "max")

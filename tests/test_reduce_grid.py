@@ -314,6 +314,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"rank": 4, "mix": "all", "pool": "avg", "round_to": 1},
     {"rank": 0.3, "kernel": "own"},
     {"rank": 0.5, "kernel": "whole", "mix": "pooled"},
+    {"rank": 2, "pools": True},
 ]
 
 
@@ -384,6 +385,38 @@ def test_all_of_it_trains(options: dict[str, Any]) -> None:
         assert all(float(item.grad.abs().max()) > 0 for item in module.parameters())
 
 
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_pooling_by_itself_becomes_both(kind: str, dims: int) -> None:
+    """Half of the channels are pooled as they were; means are convolved exactly, and maxima nearly."""
+    pool = POOLS[kind][dims - 1](2, 2, 1)
+    net = Net(lambda m, x: m.pool(m.pool(x).cos()), pool=pool)
+    x = images(40, 6, *[9] * dims)
+    result = reduced(net, x, x, pools=True, rank=3)
+    sites = result.record.passes[0].sites
+    assert [(site.name, site.outcome) for site in sites] == [("pool", "kept"), ("pool_1", "kept")]
+    assert all(site.error < (1e-6 if kind == "avg" else 0.5) for site in sites)
+    strided = [inner for inner in result.module.modules() if isinstance(inner, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    assert [inner.out_channels for inner in strided if inner.stride[0] == 2] == [3, 3]
+    site = next(iter(ReduceGrid(pools=True, rank=3).sites(trace(nn.Sequential(pool), x[:2]))))
+    assert isinstance(site, Site)
+    once = outputs(nn.Sequential(*ReduceGrid(pools=True, rank=3).rewrite(site)), x)
+    same = [channel for channel in range(6) if relative(once[:, channel], outputs(pool, x)[:, channel]) < 1e-12]
+    assert len(same) >= 3
+
+
+def test_poolings_by_themselves_are_left_unless_asked_for() -> None:
+    x = randn(2, 4, 9, 9)
+    assert skips(nn.MaxPool2d(2), x) == ["no convolution of stride 1 leads to it alone, and it costs nothing by itself"]
+    assert skips(nn.MaxPool2d(2), x, pools=True) == []
+    assert skips(nn.MaxPool2d(2, 3, 1, ceil_mode=True), x, pools=True) == [
+        "its pooling leaves out windows that begin behind the map"
+    ]
+    assert skips(nn.MaxPool2d(3, 2), randn(2, 1, 9, 9), pools=True) == [
+        "one output is nothing to share between two branches"
+    ]
+
+
 # ---- what stays ------------------------------------------------------------------------------------------------------
 
 
@@ -407,7 +440,9 @@ def test_layers_that_have_no_such_form_are_left_with_a_reason() -> None:
         "its pooling leaves out windows that begin behind the map"
     ]
     net = Net(lambda m, x: (m.conv(x).relu(), nn.functional.max_pool2d(m.conv(x).relu(), 2)), conv=layer)
-    assert skips(net, x) == []
+    alone = ["no convolution of stride 1 leads to it alone, and it costs nothing by itself"]
+    assert skips(net, x) == alone
+    assert skips(nn.Sequential(conv(4, 4, 3, 3, stride=2), nn.ReLU(), pool), x, rank=2) == alone
     net = Net(lambda m, x: (y := m.conv(x), m.pool(y)), conv=layer, pool=pool)
     assert skips(net, x) == ["the value of 'conv' is used elsewhere, not only by its pooling"]
     unseen = nn.Sequential(layer, nn.BatchNorm2d(4, track_running_stats=False).double(), pool)
@@ -468,6 +503,7 @@ def step(kind: str, *sources: tuple[int, int], **choices: Any) -> Step:
 
 PLANTED = [
     Recipe((step("convolution", stride=2),)),
+    Recipe((step("pool", stride=2),)),
     Recipe(
         (step("convolution", stride=1), step("activation", (0, 0), function="relu"), step("pool", (1, 0), stride=2))
     ),
@@ -477,7 +513,7 @@ PLANTED = [
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": 0.9}, {"rank": 2, "pool": "max"}, {"mix": "pooled", "rank": 0.8}, {"mix": "all", "rank": 0.9}],
+    [{"rank": 0.9}, {"rank": 2, "pools": True}, {"mix": "pooled", "rank": 0.8}, {"mix": "all", "rank": 0.9}],
     ids=str,
 )
 def test_the_kit_breaks_none_of_its_promises(options: dict[str, Any]) -> None:
