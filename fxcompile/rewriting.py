@@ -148,6 +148,11 @@ class Pass(BaseModel):
         """The contract under these options."""
         return self.contract
 
+    @property
+    def measures_time(self) -> bool:
+        """Whether it goes by times that it measures: then the same seed need not give the same bits."""
+        return False
+
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Every place to rewrite, in the order of the data; and with reasons, the near misses."""
         raise NotImplementedError

@@ -23,6 +23,11 @@ def open_session(path: Path, lean: bool = False) -> Any:
     Raises:
         EmitError: ONNX Runtime does not load the file.
     """
+    return session_of(str(path), lean)
+
+
+def session_of(model: str | bytes, lean: bool = False) -> Any:
+    """The same of a file's path, or of what stands in it."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -31,7 +36,7 @@ def open_session(path: Path, lean: bool = False) -> Any:
     if lean:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise EmitError(f"ONNX Runtime does not load the emitted file: {one_line(error)}") from error
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxcompile.distance import Distance
 from fxcompile.errors import FitError
@@ -18,20 +19,28 @@ from fxcompile.layers import with_weights
 from fxcompile.planning import Planning
 from fxcompile.rewriting import Site
 
-from ._chain_fitting import MOST_FEATURES
+from ._chain_fitting import MOST_FEATURES, too_large
 from ._convolutions import float64
 from ._grouping import held
-from ._ranks import RankedPass
+from ._ranks import Draft, RankedPass
 from ._stack_refining import squared_norm
+from .group_shuffle import GroupShuffle
+from .stack_kernels import StackKernels
 
 SHARES = [count / 24 for count in range(1, 24)]
 """Shares of a layer's cost to choose from."""
 
-DRAFTS, STEPS = (6, 3), 12
-"""Drafts of a pass for a layer, and for one of which each takes long; joint steps of one of them."""
+DRAFTS, STEPS = (6, 2), 5
+"""Drafts of a pass for a layer beside its pilot, and for one of which each takes long; joint steps of the pilot."""
 
-LONG = 2e9
+LONG = 5e8
 """Multiply-accumulates of a product of weight and Gram matrix from which on a draft takes long."""
+
+PILOT, HOPELESS, WORTH, NOTHING = 0.4, 8, 2.5, 1e-12
+"""The share that each pass is drafted at first. What has more than so many times the least squared error there takes no
+joint steps; what has after them more than so many times that of another that costs no more, this part of the outputs
+aside, is not drafted any further.
+"""
 
 PROBES = 2
 """Batches on which is measured how much a layer matters."""
@@ -43,11 +52,18 @@ Style = Callable[[float], RankedPass]
 
 @dataclass(frozen=True)
 class Option:
-    """A pass for a layer: the share of the layer's MACs that it costs at most, and the squared error of its outputs."""
+    """A pass for a layer.
+
+    Attributes:
+        share: of the layer's MACs that it costs at most.
+        error: the squared error of its outputs, over all outputs of a row.
+        layers: what was drafted; None where the error lies between those of drafts.
+    """
 
     pass_: RankedPass
     share: float
     error: float
+    layers: Sequence[nn.Module] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -66,11 +82,6 @@ class Prospect:
     size: float = 0.0
     weight: float = 1.0
     reason: str = ""
-
-    @property
-    def options(self) -> list[Option]:
-        """Those of all curves."""
-        return [option for curve in self.curves for option in curve]
 
 
 def prospects(planning: Planning, name: str, sites: Sequence[tuple[Site, Sequence[Style]]]) -> list[Prospect]:
@@ -92,20 +103,19 @@ def prospects(planning: Planning, name: str, sites: Sequence[tuple[Site, Sequenc
         try:
             check_finite(site.layer.weight, "weights")
             sight = Sight.of(site, xs, planning.data is not None)
-            prospect.size = sum(float(y.double().square().sum()) for y in ys) / max(
-                sum(row_count(site.layer, y) for y in ys), 1
-            )
-            drawn = [draw_curve(style, sight) for style in styles]
+            rows = sum(row_count(site.layer, y) for y in ys)
+            prospect.size = sum(float(torch.linalg.vector_norm(y)) ** 2 for y in ys) / max(rows, 1)
+            pilots = flown([Pilot.of(choices, sight) for style in styles if (choices := distinct(style, site))], sight)
+            if not pilots:
+                continue
+            best = min(pilots, key=lambda pilot: pilot.error)
+            prospect.curves = [draw_curve(pilot, sight) for pilot in worthy(pilots, NOTHING * prospect.size)]
         except FitError as unfit:
             prospect.reason = f"it could not be fitted: {unfit.problem}"
             continue
-        prospect.curves = [options for options, _ in drawn if options]
-        tried = [trial for _, trial in drawn if trial is not None]
-        if tried:
-            error, weight = min(tried, key=lambda trial: trial[0])
-            changed = sight.outputs_of(weight, xs[: len(probes)])
-            change = distance_between(walk.fork(site.node, changed).outputs(), wanted)
-            prospect.weight = importance(change, error, prospect.size)
+        changed = sight.outputs_of(best.draft.weight, xs[: len(probes)])
+        change = distance_between(walk.fork(site.node, changed).outputs(), wanted)
+        prospect.weight = importance(change, best.error, prospect.size)
     return found
 
 
@@ -131,9 +141,8 @@ class Sight:
     def of(cls, site: Site, xs: Sequence[Tensor], calibrated: bool) -> Sight:
         """What a layer sees of these inputs; nothing but their size without calibration data."""
         layer, weight = site.layer, float64(site.layer)[0]
-        for x in xs:
-            check_finite(x, "inputs")
-        level = sum(float(x.double().square().sum()) for x in xs) / max(sum(x.numel() for x in xs), 1)
+        level = sum(float(torch.linalg.vector_norm(x)) ** 2 for x in xs) / max(sum(x.numel() for x in xs), 1)
+        check_finite(torch.tensor(level), "mean squares of the inputs")
         if not calibrated or weight[0].numel() > MOST_FEATURES:
             return cls(site, weight, None, level, None)
         stats = LayerStats.of(layer)
@@ -143,17 +152,23 @@ class Sight:
         moments = stats.raw() if layer.bias is None else stats.centred()
         return cls(site, weight, moments.gram / max(stats.rows, 1), level, stats)
 
-    @property
+    @cached_property
     def norm(self) -> Tensor | None:
         """S as errors are measured in it: no direction without any weight."""
         return None if self.gram is None else held(self.gram)
 
-    def lost(self, weight: Tensor, norm: Tensor | None) -> float:
-        """Squared error of the outputs of a row, over all outputs, with another weight."""
-        lacks = (self.weight - weight).flatten(1)
-        if norm is None:
-            return squared_norm(lacks) * self.level
-        return squared_norm(lacks.unflatten(0, (len(norm), -1)), norm)
+    @property
+    def takes_long(self) -> bool:
+        """Whether a draft does."""
+        return self.gram is not None and takes_long(self.weight)
+
+    def draft(self, pass_: RankedPass, steps: int = 0) -> tuple[float, Draft]:
+        """What a pass drafts, and the squared error of that over all outputs of a row."""
+        draft = pass_.draft(self.site, self.weight, self.gram, steps)
+        lacks = (self.weight - draft.weight).flatten(1)
+        if self.norm is None:
+            return squared_norm(lacks) * self.level, draft
+        return squared_norm(lacks.unflatten(0, (len(self.norm), -1)), self.norm), draft
 
     def outputs_of(self, weight: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
         """What the layer gives with another weight, and the bias that keeps the mean."""
@@ -165,29 +180,77 @@ class Sight:
             return [layer(x) for x in xs]
 
 
-def draw_curve(style: Style, sight: Sight) -> tuple[list[Option], tuple[float, Tensor] | None]:
-    """The options of a style for a layer; and the error and the weight of one of them, about in the middle.
+@dataclass(frozen=True)
+class Pilot:
+    """A pass as it was drafted at about one share.
 
-    A few of them are drafted, between which the logarithm of the error is interpolated. Of that in the middle joint
-    steps tell what they are worth to all.
+    Attributes:
+        choices: the passes, and what each costs at most.
+        index: the number of the one that was drafted.
+        start: the squared error of the closed form.
+        error: the same after joint steps.
+        draft: what was reached by then.
     """
-    site, norm = sight.site, sight.norm
-    passes = distinct(style, site)
-    if not passes:
-        return [], None
-    long = norm is not None and sight.weight.numel() * norm.shape[1] > LONG
-    chosen = spread(len(passes), DRAFTS[long])
-    middle = chosen[len(chosen) // 2]
-    errors: list[float] = []
-    gain, trial = 1.0, (math.inf, sight.weight)
-    for index in chosen:
-        errors.append(sight.lost(passes[index][1].draft(site, sight.weight, sight.gram).weight, norm))
-        if index == middle:
-            weight = passes[index][1].draft(site, sight.weight, sight.gram, STEPS).weight
-            trial = sight.lost(weight, norm), weight
-            gain = min(trial[0] / errors[-1], 1.0) if errors[-1] > 0 else 1.0
-    known = [passes[index][0] for index in chosen]
-    return [Option(pass_, share, gain * between(share, known, errors)) for share, pass_ in passes], trial
+
+    choices: list[tuple[float, RankedPass]]
+    index: int
+    start: float
+    error: float
+    draft: Draft
+
+    @classmethod
+    def of(cls, choices: list[tuple[float, RankedPass]], sight: Sight) -> Pilot:
+        """The draft of one of these."""
+        index = min(range(len(choices)), key=lambda item: abs(choices[item][0] - PILOT))
+        error, draft = sight.draft(choices[index][1])
+        return cls(choices, index, error, error, draft)
+
+    def after(self, steps: int, sight: Sight) -> Pilot:
+        """The same after joint steps, if they bring it nearer; and as it is where a fit would take none."""
+        pass_ = self.choices[self.index][1]
+        if sight.gram is None or (too_large(sight.weight) and not isinstance(pass_, GroupShuffle)):
+            return self
+        error, draft = sight.draft(pass_, steps)
+        return replace(self, error=error, draft=draft) if error < self.error else self
+
+
+def flown(pilots: Sequence[Pilot], sight: Sight) -> list[Pilot]:
+    """Pilots after their joint steps; those that these cannot save go without, but a stack, which starts blindly."""
+    least = min((pilot.error for pilot in pilots), default=0.0)
+
+    def hopeless(pilot: Pilot) -> bool:
+        return pilot.error > HOPELESS * least and not isinstance(pilot.choices[pilot.index][1], StackKernels)
+
+    return [pilot if hopeless(pilot) else pilot.after(STEPS, sight) for pilot in pilots]
+
+
+def worthy(pilots: Sequence[Pilot], nothing: float) -> list[Pilot]:
+    """Those that no other leaves far behind at no more cost; errors below `nothing` are alike."""
+
+    def far_behind(pilot: Pilot, other: Pilot) -> bool:
+        cheaper = other.choices[other.index][0] <= 1.05 * pilot.choices[pilot.index][0]
+        return cheaper and pilot.error > WORTH * other.error + nothing
+
+    return [pilot for pilot in pilots if not any(far_behind(pilot, other) for other in pilots)]
+
+
+def draw_curve(pilot: Pilot, sight: Sight) -> list[Option]:
+    """The options of a style for a layer, by a few drafts, between which the logarithm of the error is interpolated.
+
+    What joint steps are worth to the pilot, they are taken to be worth to all.
+    """
+    choices = pilot.choices
+    chosen = sorted({pilot.index, *spread(len(choices), DRAFTS[sight.takes_long])})
+    gain = pilot.error / pilot.start if pilot.start > 0 else 1.0
+    made = {
+        index: (pilot.start, pilot.draft) if index == pilot.index else sight.draft(choices[index][1])
+        for index in chosen
+    }
+    shares, errors = [choices[index][0] for index in chosen], [error for error, _ in made.values()]
+    return [
+        Option(pass_, share, gain * between(share, shares, errors), made[index][1].layers if index in made else None)
+        for index, (share, pass_) in enumerate(choices)
+    ]
 
 
 def distinct(style: Style, site: Site) -> list[tuple[float, RankedPass]]:
@@ -201,19 +264,27 @@ def distinct(style: Style, site: Site) -> list[tuple[float, RankedPass]]:
     return sorted(((max(way[0] for way in ways), pass_) for ways, pass_ in found.items()), key=lambda item: item[0])
 
 
+def takes_long(weight: Tensor) -> bool:
+    """Whether a draft near a weight [O, C/g, *k] takes long."""
+    return weight.numel() * weight[0].numel() > LONG
+
+
 def spread(count: int, most: int) -> list[int]:
-    """At most so many of the first `count` numbers, evenly spread, the first and the last among them."""
+    """At most so many of the first `count` numbers, in the middles of even stretches."""
     if count <= most:
         return list(range(count))
-    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
+    return [(2 * index + 1) * count // (2 * most) for index in range(most)]
 
 
 def between(share: float, shares: Sequence[float], errors: Sequence[float]) -> float:
-    """The error at a share between others, along straight lines of its logarithm."""
+    """The error at a share between others, or beyond them, along straight lines of its logarithm."""
     at = bisect_left(shares, share)
     if at < len(shares) and shares[at] == share:
         return errors[at]
-    low, high = max(at - 1, 0), min(at, len(shares) - 1)
+    if len(shares) == 1:
+        return errors[0]
+    high = min(max(at, 1), len(shares) - 1)
+    low = high - 1
     first, second = (math.log(max(errors[index], 1e-300)) for index in (low, high))
     part = (share - shares[low]) / (shares[high] - shares[low])
     return math.exp(first + part * (second - first))

@@ -97,6 +97,12 @@ class RankedPass(WidthPass):
         """
         raise NotImplementedError
 
+    def pinned(self, site: Site, layers: Sequence[nn.Module]) -> Self:
+        """The same pass where it leaves the data no choice but that of these layers, which it drafted, as far as its
+        options can say so.
+        """
+        return self
+
     def too_costly(self, share: float, groups: int) -> str | None:
         """Why layers that cost this share of the MACs of a site's layer, which has so many groups, are not worth it."""
         if not self.by_weight and isinstance(self.rank, float) and share > self.rank * (1 + 1e-9):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, PrivateAttr
+from torch import nn
 
 from fxcompile.contracts import Approximate
 from fxcompile.cost import nodes_cost, program_cost, samples
@@ -16,7 +18,7 @@ from fxcompile.program import Program
 from fxcompile.rewriting import Pass, Replacement, Site, Skip
 
 from ._allotment import Choice, allot
-from ._drafts import SHARES, Option, Prospect, Style, prospects
+from ._drafts import SHARES, Option, Prospect, Style, prospects, takes_long
 from ._ranks import RankedPass
 from .bottleneck import Bottleneck
 from .group_shuffle import GroupShuffle
@@ -33,11 +35,17 @@ STYLES: dict[str, list[tuple[type[RankedPass], dict[str, Any]]]] = {
     "split-kernels": [(SplitKernels, {})],
     "stack-kernels": [(StackKernels, {})],
 }  # fmt: skip
-"""The ways of each pass that change the function the least at their cost."""
+"""The ways of each pass that change the function the least at their cost. Over more than one pixel a shuffle unit is
+never as near as the same groups without a shuffle.
+"""
 
-CONTENDERS, NEAR = 3, 1.5
-"""So many ways at most are fitted to a layer, and held against each other on held-out data: those whose squared error
-was drafted to be within this factor of the least."""
+CONTENDERS, NEAR = (3, 2), 1.5
+"""So many ways at most are fitted to a layer, and to one of which each takes long, and held against each other on
+held-out data: those whose squared error was drafted to be within this factor of the least.
+"""
+
+FASTER = 0.02
+"""The share of a layer's time below which a gain may be chance."""
 
 
 class Factorize(Pass):
@@ -51,13 +59,22 @@ class Factorize(Pass):
     add up as independent ones do (Shoham and Gersho 1988). At its cost, a layer gets the passes that came nearest in
     the drafts; they are fitted in full, in the order of the data, and the nearest on held-out data is kept.
 
+    With `objective=latency` the drafts are run in ONNX Runtime, on the shapes of the example inputs, beside the layer
+    in whose place they would stand; those that are not faster are left out, whatever MACs they save. `saving` is then a
+    share of the time that all these layers take. Times differ from run to run, and so may what is chosen.
+
     Without calibration data all is taken from the weights, and the layers' importance from random inputs.
     """
 
     name: ClassVar = "factorize"
     contract: ClassVar = Approximate(exact_when="saving=0, which leaves all layers as they are")
 
-    saving: float = Field(0.5, ge=0, lt=1, description="share of the network's MACs to save")
+    saving: float = Field(
+        0.5, ge=0, lt=1, description="share of the network's MACs to save, or of the time that its layers take"
+    )
+    objective: Literal["macs", "latency"] = Field(
+        "macs", description="what is saved: MACs, or time in ONNX Runtime, where what is drafted is measured"
+    )
     variants: tuple[Variant, ...] = Field(
         ("bottleneck", "group-shuffle", "split-kernels", "stack-kernels"),
         min_length=1,
@@ -70,6 +87,11 @@ class Factorize(Pass):
 
     _plan: Mapping[str, Sequence[RankedPass] | str] | None = PrivateAttr(None)
     """For each site the passes to try, or the reason why it stays."""
+
+    @property
+    def measures_time(self) -> bool:
+        """Whether it goes by time."""
+        return self.objective == "latency"
 
     def styles(self) -> Iterator[Style]:
         """Each way of each variant, for a share of a layer's MACs."""
@@ -93,7 +115,7 @@ class Factorize(Pass):
             for item in pass_.sites(program):
                 if isinstance(item, Skip):
                     reasons.setdefault(item.name, {}).setdefault(item.reason, pass_.name)
-                else:
+                elif serves(pass_, item):
                     found[item.name] = item
                     styles.setdefault(item.name, []).append(style)
         items: list[tuple[Site | Skip, list[Style]]] = []
@@ -118,35 +140,60 @@ class Factorize(Pass):
 
     def allotted(self, planning: Planning, found: Sequence[Prospect]) -> dict[str, Sequence[RankedPass] | str]:
         """The passes for each site, or why it stays, so that the sum of the costs is what is wanted."""
-        program = planning.program
-        total, calls = program_cost(program).macs, program.calls()
-        costs = [
-            nodes_cost(program.module, calls[id(prospect.site.layer)], samples(program)).macs for prospect in found
+        bills = [self.bill(planning, index, prospect, len(found)) for index, prospect in enumerate(found)]
+        chosen_from = [
+            [Choice(bill.whole, 0.0), *(Choice(item.cost, prospect.weight * item.option.error) for item in bill.priced)]
+            for prospect, bill in zip(found, bills, strict=True)
         ]
-        options = [list(filter(partial(self.admits, prospect), prospect.options)) for prospect in found]
-        choices = [
-            [Choice(cost, 0.0), *(Choice(cost * item.share, prospect.weight * item.error) for item in own)]
-            for prospect, cost, own in zip(found, costs, options, strict=True)
-        ]
-        budget = (1 - self.saving) * total - (total - sum(costs))
-        chosen = allot(choices, budget)
-        spent = sum(own[index].cost for own, index in zip(choices, chosen, strict=True))
+        whole = sum(bill.whole for bill in bills)
+        total = program_cost(planning.program).macs if self.objective == "macs" else whole
+        budget = (1 - self.saving) * total - (total - whole)
+        chosen = allot(chosen_from, budget)
+        spent = sum(own[index].cost for own, index in zip(chosen_from, chosen, strict=True))
         if spent > budget * (1 + 1e-9):
-            most = (sum(costs) - spent) / total if total else 0.0
+            what = "network's MACs" if self.objective == "macs" else "layers' time"
             planning.notes.append(
-                f"{self.name}: saving={self.saving:g} is out of reach, its sites save {most:.0%} of the network's MACs "
-                "at most"
+                f"{self.name}: saving={self.saving:g} is out of reach, its sites save "
+                f"{(whole - spent) / total if total else 0.0:.0%} of the {what} at most"
             )
         plan: dict[str, Sequence[RankedPass] | str] = {}
-        for prospect, own, index in zip(found, options, chosen, strict=True):
-            name = prospect.site.name
+        for prospect, bill, index in zip(found, bills, chosen, strict=True):
             if index:
-                plan[name] = contenders(prospect.curves, own, own[index - 1].share)
-            elif own:
-                plan[name] = "other layers save as much at less error"
+                plan[prospect.site.name] = bill.contenders(bill.priced[index - 1].cost)
             else:
-                plan[name] = prospect.reason or "no variant of it keeps to the limits"
+                plan[prospect.site.name] = bill.reason
         return plan
+
+    def bill(self, planning: Planning, index: int, prospect: Prospect, count: int) -> Bill:
+        """What the options of a site that keep to the limits cost."""
+        site, program = prospect.site, planning.program
+        calls = program.calls()[id(site.layer)]
+        options = [
+            (curve, option)
+            for curve, own in enumerate(prospect.curves)
+            for option in own
+            if self.admits(prospect, option)
+        ]
+        reason = "other layers save as much at less error" if options else "no variant of it keeps to the limits"
+        reason = prospect.reason or reason
+        if self.objective == "macs":
+            cost: float = nodes_cost(program.module, calls, samples(program)).macs
+            return Bill(site, cost, [Priced(curve, item, cost * item.share) for curve, item in options], reason)
+        from fxcompile.latency import batched, times_of
+
+        planning.progress(f"{self.name}: latency", index, count)
+        drafted = [(curve, item, item.layers) for curve, item in options if item.layers is not None]
+        dims = len(getattr(site.layer, "kernel_size", ()))
+        times = times_of([[site.layer], *(layers for _, _, layers in drafted)], batched(site.input_shape, dims))
+        whole = times[0] or 0.0
+        priced = [
+            Priced(curve, replace(item, pass_=item.pass_.pinned(site, layers)), len(calls) * time)
+            for (curve, item, layers), time in zip(drafted, times[1:], strict=True)
+            if time is not None and time < (1 - FASTER) * whole
+        ]
+        if options and not priced:
+            reason = f"none of the {len(drafted)} drafts that cost fewer MACs is faster than it in ONNX Runtime"
+        return Bill(site, len(calls) * whole, priced, reason)
 
     def admits(self, prospect: Prospect, option: Option) -> bool:
         """Whether an option keeps to the limits for a site."""
@@ -161,7 +208,10 @@ class Factorize(Pass):
     def candidates(self, site: Site) -> Iterator[Replacement]:
         """What each pass makes of it that is planned for the site."""
         for pass_ in self.chosen(site):
-            yield from pass_.candidates(site)
+            if takes_long(site.layer.weight):
+                yield pass_.rewrite(site)
+            else:
+                yield from pass_.candidates(site)
 
     def chosen(self, site: Site) -> Sequence[RankedPass]:
         """The passes that are planned for a site."""
@@ -175,15 +225,46 @@ def style(kind: type[RankedPass], options: Mapping[str, Any], share: float) -> R
     return kind(rank=share, **options)
 
 
-def contenders(curves: Sequence[Sequence[Option]], own: Sequence[Option], share: float) -> list[RankedPass]:
-    """The passes that come near enough with so much of a layer's cost, the nearest first."""
-    best = []
-    for curve in curves:
-        fit = [option for option in curve if option in own and option.share <= share * (1 + 1e-9)]
-        if fit:
-            best.append(min(fit, key=lambda option: option.error))
-    best.sort(key=lambda option: option.error)
-    return [option.pass_ for option in best if option.error <= NEAR * best[0].error][:CONTENDERS]
+def serves(pass_: RankedPass, site: Site) -> bool:
+    """Whether a way is worth trying on a site: not what is the same as, or never as near as, another."""
+    single = isinstance(site.layer, nn.Linear) or max(site.layer.kernel_size) == 1
+    if isinstance(pass_, Bottleneck):
+        return not (single and pass_.style == "inception")
+    return not isinstance(pass_, GroupShuffle) or single or pass_.style != "shuffle-unit"
+
+
+class Priced(NamedTuple):
+    """An option of a site, the number of the curve that it is on, and what it costs."""
+
+    curve: int
+    option: Option
+    cost: float
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a site costs, in MACs or seconds.
+
+    Attributes:
+        whole: as it is.
+        priced: the options that may be taken.
+        reason: why it stays, if it does.
+    """
+
+    site: Site
+    whole: float
+    priced: list[Priced]
+    reason: str
+
+    def contenders(self, cost: float) -> list[RankedPass]:
+        """The passes that come near enough at no more than this cost, the nearest first, one of each curve."""
+        best: dict[int, Option] = {}
+        for item in sorted(self.priced, key=lambda item: item.option.error):
+            if item.cost <= cost * (1 + 1e-9):
+                best.setdefault(item.curve, item.option)
+        nearest = list(best.values())
+        most = CONTENDERS[takes_long(self.site.layer.weight)]
+        return [option.pass_ for option in nearest if option.error <= NEAR * nearest[0].error][:most]
 
 
 def worded(reasons: Mapping[str, str]) -> str:

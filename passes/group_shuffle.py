@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -165,6 +165,13 @@ class GroupShuffle(RankedPass):
     def alternatives(self, site: Site) -> list[tuple[float, ...]]:
         """The forms."""
         return [(form.share, form.ins, form.outs, form.width) for form in self.affordable_forms(site)]
+
+    def pinned(self, site: Site, layers: Sequence[nn.Module]) -> Self:
+        """With so many groups as the first of these layers has."""
+        first: Any = layers[0]
+        return (
+            self if self.style == "depthwise" else self.model_copy(update={"groups": first.groups // site.layer.groups})
+        )
 
     def affordable_forms(self, site: Site) -> list[Form]:
         """Those that cost no more than the share that `rank` gives; else the one that costs least."""
