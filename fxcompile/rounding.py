@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxcompile.comparing import Broken, relative_maximum
 from fxcompile.contracts import tolerance
-from fxcompile.layers import as_double, converted
+from fxcompile.layers import CONVOLUTIONS, as_double, converted
 from fxcompile.program import Program, flatten_tensors
 from fxcompile.summing import function_in_order, layer_in_order
 
@@ -90,15 +90,20 @@ class NoisyInterpreter(DoubleInterpreter):
         return self.dtype != torch.float64 and isinstance(x, Tensor) and x.dtype == torch.float64 and x.numel() > 0
 
     def _floor(self, n: fx.Node) -> float:
-        """By how much a kernel may be off though all of its outputs are tiny."""
+        """By how much a kernel may be off though all of its outputs are tiny.
+
+        Sums of products that cancel keep the rounding of what cancels: of terms of any sign, about as much as the norm
+        of the weights makes of an input.
+        """
         layer = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        epsilon = torch.finfo(self.dtype).eps
+        epsilon, tiny = torch.finfo(self.dtype).eps, float(torch.finfo(self.dtype).tiny)
         if isinstance(layer, _TO_A_SHARE_OF_ONE):
             return epsilon
-        if isinstance(layer, _TO_A_SHARE_OF_THE_INPUT):
-            inputs: Any = self.map_nodes_to_values(n.args, n)
-            return epsilon * float(inputs[0].abs().max())
-        return float(torch.finfo(self.dtype).tiny)
+        share = 1.0 if isinstance(layer, _TO_A_SHARE_OF_THE_INPUT) else 0.0
+        if isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and layer.weight.numel():
+            share = float(layer.weight.detach().double().flatten(1).norm(dim=1).max())
+        inputs: Any = self.map_nodes_to_values(n.args, n) if share else ()
+        return max(tiny, epsilon * share * float(inputs[0].abs().max())) if share and inputs[0].numel() else tiny
 
 
 def rounding_reach(program: Program, inputs: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
@@ -154,7 +159,8 @@ def compare_noisy(given: Sequence[Tensor], own: Sequence[Tensor], program: Progr
     """Hold another computation of a program's outputs against its own; returns the largest errors seen.
 
     An error within the tolerance passes. A deep, saturating or normalising network amplifies harmless rounding past
-    it: a larger error passes only if rounding inside the network, amplified in the same way, explains it.
+    it: a larger error passes only if the other computation is within the tolerance of what float64 gives, or if
+    rounding inside the network, amplified in the same way, explains it.
 
     Raises:
         Broken: an output differs by more than that.
@@ -179,7 +185,7 @@ def compare_noisy(given: Sequence[Tensor], own: Sequence[Tensor], program: Progr
                 raise Broken(f"'{name}' differs in {int((theirs != ours).sum())} of {ours.numel()} elements")
             continue  # a comparison so close that float64 decides it otherwise, too
         off = relative_maximum(theirs, exact[index])
-        if not off <= NOISE * reach[index]:
+        if not off <= max(NOISE * reach[index], tolerance(ours.dtype)):
             raise Broken(f"'{name}' differs by {off:.2e} of its largest value, rounding reaches {reach[index]:.0e}")
         seen.add(Seen(amplified=error))
     return seen

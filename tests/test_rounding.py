@@ -113,3 +113,32 @@ def test_what_lies_below_the_normal_numbers_is_not_told_from_zero() -> None:
     near = program.outputs(x + 20)
     with pytest.raises(Broken, match="rounding reaches"):
         compare_noisy([near[0] * 0.9], near, program, (x + 20,))
+
+
+def test_products_that_cancel_keep_the_rounding_of_what_cancels() -> None:
+    """The sum is a thousandth of its terms: each kernel adds them in its own order."""
+    torch.manual_seed(0)
+    for layer, x in ((nn.Linear(64, 1, bias=False), torch.randn(1, 64)), (nn.Conv1d(8, 1, 8), torch.randn(1, 8, 8))):
+        with torch.no_grad():
+            row, values = layer.weight.flatten().double(), x.flatten().double()
+            if layer.bias is not None:
+                layer.bias.zero_()
+            values += (1e-3 * row.norm() * values.norm() / 8 - row @ values) * row / (row @ row)
+            x.copy_(values.reshape(x.shape))
+        program = trace(layer.eval(), torch.randn(x.shape))
+        own, (exact,) = program.outputs(x), run_double(program, (x,))
+        typical = float(layer.weight.detach().norm()) * float(x.norm()) / 8
+        assert float(exact.abs().max()) == pytest.approx(1e-3 * typical, rel=0.2)
+        epsilon = torch.finfo(torch.float32).eps
+        compare_noisy([(exact + epsilon * typical).float()], own, program, (x,))
+        with pytest.raises(Broken, match="rounding reaches"):
+            compare_noisy([(exact + 40 * epsilon * typical).float()], own, program, (x,))
+
+
+def test_who_is_within_the_tolerance_of_float64_is_right_whatever_the_other_one_is() -> None:
+    program = trace(nn.Sequential(nn.Tanh()), torch.randn(1, 4))
+    x = torch.randn(1, 4)
+    exact = run_double(program, (x,))[0].float()
+    compare_noisy([exact], (exact * (1 + 5e-5),), program, (x,))
+    with pytest.raises(Broken, match="rounding reaches"):
+        compare_noisy([exact * (1 + 5e-5)], (exact,), program, (x,))
