@@ -241,6 +241,13 @@ class Louder(ExplicitPadding):
         return nn.Parameter(held.detach() * 1.01, held.requires_grad)
 
 
+class NotFinite(Louder):
+    name: ClassVar[str] = "not-finite"
+
+    def weight(self, held: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(held.detach() * float("inf"), held.requires_grad)
+
+
 class Steps(nn.Module):
     """Lets no gradient through to its input."""
 

@@ -74,6 +74,8 @@ def test_a_line_half_written_is_forgotten(tmp_path: Path) -> None:
     whole = memory.file.read_text()
     memory.file.write_text(whole + whole[:20])
     assert len(results.Memory(memory.file).held) == 1
+    memory.keep(results.Finding(mutant("other"), "survived"), [], {})
+    assert len(results.Memory(memory.file).held) == 2
 
 
 def test_the_key_of_a_test_changes_with_it_and_with_what_is_no_test(tmp_path: Path) -> None:

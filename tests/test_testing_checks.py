@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import explicit_padding as passes
 import hypothesis
@@ -15,13 +15,31 @@ import pytest
 import torch
 from explicit_padding import ExplicitPadding
 from fxcompile.passes import EliminateIdentity, FoldBatchNorm
+from gallery.pools import OverwritesABranch
 from hypothesis import strategies as st
 from pydantic import Field
 from torch import nn
 
-from fxcompile.program import Program
+from fxcompile.comparing import Broken
+from fxcompile.drawing import KINDS, Case, Inputs
+from fxcompile.errors import UsageError
+from fxcompile.layers import shallow_copy
+from fxcompile.program import InputSpec, Program
 from fxcompile.rewriting import Pass, Site, Skip
-from fxcompile.testing import Network, PassFailure, Recipe, Step, check_pass, check_pipeline, networks, promises
+from fxcompile.testing import (
+    Network,
+    NothingChecked,
+    PassFailure,
+    Recipe,
+    Step,
+    check_pass,
+    check_pipeline,
+    networks,
+    promises,
+    structure,
+)
+from fxcompile.testing.checks import LONGEST, file_name
+from fxcompile.testing.reproducing import inputs_text
 from fxcompile.testing.trial import Trial
 
 
@@ -106,10 +124,11 @@ def test_approximate_passes_are_held_to_equality_on_demand() -> None:
     failure = broken(passes.Louder(), exact=True)
     assert failure.promise == "same_function"
     assert "differs by" in failure.evidence
+    assert "the pass manager" not in str(failure).lower()  # which holds it to the contract that it has
 
 
 def test_a_pass_without_sites_is_not_taken_for_right() -> None:
-    with pytest.raises(AssertionError, match=r"none of 25 networks had a site of no-sites, so nothing was checked"):
+    with pytest.raises(NothingChecked, match=r"none of 25 networks had a site of no-sites, so nothing was checked"):
         check_pass(passes.NoSites(), examples=25, seed=0)
 
 
@@ -140,6 +159,30 @@ class WrongAtItsLimit(ExplicitPadding):
 
 def test_options_at_their_limits_must_be_honoured() -> None:
     assert "wrong-at-its-limit(amount=1.0) breaks a promise" in str(broken(WrongAtItsLimit()))
+
+
+class MisfitAtItsLimit(WrongAtItsLimit):
+    """Its replacement does not fit: that is no way to refuse an option."""
+
+    name: ClassVar[str] = "misfit-at-its-limit"
+
+    def sides(self, conv: nn.Conv2d) -> tuple[int, int, int, int]:
+        left, right, top, bottom = ExplicitPadding.sides(self, conv)
+        return (left + 1, right, top, bottom) if self.amount == 1 else (left, right, top, bottom)
+
+
+class RefusesItsLimit(MisfitAtItsLimit):
+    name: ClassVar[str] = "refuses-its-limit"
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        if self.amount == 1:
+            raise UsageError("amount=1 does not suit this network")
+        yield from super().sites(program)
+
+
+def test_an_option_may_be_refused_and_not_by_what_does_not_fit() -> None:
+    assert "misfit-at-its-limit(amount=1.0) breaks a promise" in str(broken(MisfitAtItsLimit()))
+    assert check_pass(RefusesItsLimit(), examples=100, seed=0, onnx_examples=0).with_sites > 20
 
 
 class OnlyAfterFolding(ExplicitPadding):
@@ -177,6 +220,13 @@ def test_passes_that_break_each_other_are_found_in_the_order_that_does() -> None
     with pytest.raises(PassFailure) as caught:
         check_pipeline([OnlyAfterFolding(), EliminateIdentity(), Marks()], examples=200, seed=0)
     assert str(caught.value).startswith("marks, only-after-folding breaks a promise: ")
+
+
+def test_a_pipeline_without_passes_or_sites_is_not_taken_for_right() -> None:
+    with pytest.raises(UsageError, match="no passes"):
+        check_pipeline([])
+    with pytest.raises(NothingChecked, match="had a site of no-sites or no-sites"):
+        check_pipeline([passes.NoSites(), passes.NoSites()], examples=25, seed=0)
 
 
 # networks of one's own, planted steps, kept failures
@@ -225,6 +275,13 @@ def test_failures_are_kept_and_tried_first(tmp_path: Path) -> None:
     assert failure.promise == "same_function"
 
 
+def test_long_pipelines_have_short_names_of_their_own() -> None:
+    assert file_name("split-kernels(rank=0.5)") == "split-kernels-rank-0-5-"
+    first, second = (file_name("x" * 300 + end) for end in "ab")
+    assert first != second
+    assert len(first) == len(second) <= LONGEST + 13
+
+
 def test_gradients_that_are_only_rounding_may_become_zero() -> None:
     """The last norm takes out every scale and shift before it: no gradient but rounding in the model itself."""
     torch.manual_seed(5)
@@ -250,6 +307,31 @@ def test_an_infinite_error_is_stated_as_such() -> None:
     (report,) = trial.result.record.passes
     assert (report.outcome, report.error) == ("kept", float("inf"))
     promises.stated_error(trial)
+    for stated in (0.1, float("nan")):
+        report.error = stated
+        with pytest.raises(Broken, match=f"states an error of {stated} and inf is measured"):
+            promises.stated_error(trial)
+
+
+class ShiftsANorm(passes.Louder):
+    """Changes a batch norm that is none of its business."""
+
+    name: ClassVar[str] = "shifts-a-norm"
+
+    def rewrite(self, site: Site) -> list[nn.Module]:
+        (user,) = site.node.users
+        root: Any = user.graph.owning_module
+        norm: Any = shallow_copy(root.get_submodule(str(user.target)))
+        norm.running_mean = norm.running_mean + 1
+        root.set_submodule(str(user.target), norm)
+        return super().rewrite(site)
+
+
+def test_layers_outside_of_sites_keep_their_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)).double().eval()
+    trial = Trial(model, (torch.randn(1, 1, 4, 4).double(),), (ShiftsANorm(),))
+    with pytest.raises(Broken, match="layer '1' is in no site that was rewritten, and yet it has other tensors"):
+        structure.rest_untouched(trial)
 
 
 # reproducers
@@ -298,6 +380,33 @@ def test_a_pass_inside_of_a_function_is_written_out(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "max|d|" in done.stdout
+
+
+def as_file(pass_: Pass, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What the file says that shows how a pass is broken."""
+    failure = broken(pass_)
+    assert failure.promise == "same_function"
+    (folder / "reproducer.py").write_text(failure.reproducer)
+    return subprocess.run([sys.executable, str(folder / "reproducer.py")], capture_output=True, text=True)
+
+
+def test_the_file_tells_what_is_written_to_inputs_and_what_is_not_finite(tmp_path: Path) -> None:
+    done = as_file(OverwritesABranch(), tmp_path)
+    assert (done.returncode, "the rewritten module writes to its inputs" in done.stdout) == (1, True), done
+    done = as_file(passes.NotFinite(), tmp_path)
+    assert (done.returncode, "an output is not finite where the model's is" in done.stdout) == (1, True), done
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_are_written_out_to_the_last_bit(kind: str) -> None:
+    """Several of them, the first of one number only; a case that is not random draws nothing."""
+    network = Network((("a", (1, 1, 1, 1)), ("b", (1, 2, 3, 3))), (), (), "a", seed=3)
+    made = Inputs([InputSpec(name, shape, torch.float64, 0) for name, shape in network.inputs], network.examples())
+    case = Case(kind, 2, 0.25, 5)
+    space: dict[str, Any] = {"torch": torch}
+    exec(inputs_text(network, [(case, made.make(case))], many=False), space)
+    assert all(map(torch.equal, space["inputs"], made.make(case)))
+    assert len(space["inputs"]) == 2
 
 
 @st.composite

@@ -17,7 +17,8 @@ from fxcompile.errors import FxcompileError
 from fxcompile.pipeline import parse_pipeline
 from fxcompile.registry import find_pass, pass_names
 from fxcompile.rewriting import Pass
-from fxcompile.testing import PassFailure, Summary, check_pass, check_pipeline
+from fxcompile.testing import NothingChecked, PassFailure, Summary, check_pass, check_pipeline
+from fxcompile.testing.checks import file_name
 from fxcompile.testing.features import statistics
 from fxcompile.testing.growing import RandomPicker, grow
 
@@ -67,11 +68,13 @@ def fuzz(found: Sequence[Target], until: Callable[[Target], bool], seed: int, ke
     """Rounds of all targets in turn, until each is done; whether none was broken.
 
     Args:
-        until: whether a target is done.
+        until: whether a target is done; it is asked before each round.
         seed: of the first round; the next one's is one more.
     """
     while left := [target for target in found if not target.broken and not target.rare and not until(target)]:
         for target in left:
+            if until(target):
+                continue
             try:
                 summary = target.check(ROUND, seed)
                 target.networks += summary.networks
@@ -80,7 +83,7 @@ def fuzz(found: Sequence[Target], until: Callable[[Target], bool], seed: int, ke
             except PassFailure as failure:
                 target.broken = True
                 report(target, failure, seed, keep, console)
-            except AssertionError as nothing:
+            except NothingChecked as nothing:
                 target.rare = True
                 console.print(f"{target.name}: {nothing}", soft_wrap=True, highlight=False)
         seed += 1
@@ -99,8 +102,7 @@ def fuzz(found: Sequence[Target], until: Callable[[Target], bool], seed: int, ke
 def report(target: Target, failure: PassFailure, seed: int, keep: Path, console: Console) -> None:
     """Write the file that shows a failure, and say where it is."""
     keep.mkdir(parents=True, exist_ok=True)
-    name = "".join(char if char.isalnum() else "-" for char in target.name)
-    path = keep / f"{name}.py"
+    path = keep / f"{file_name(target.name)}.py"
     path.write_text(failure.reproducer)
     console.print(
         f"{target.name} breaks '{failure.promise}' (seed {seed}): {failure.evidence}\n  run: python {path}",
@@ -131,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     deadline = time.monotonic() + 60 * options.minutes
 
     def done(target: Target) -> bool:
-        return target.networks >= options.examples if options.examples else time.monotonic() >= deadline
+        return time.monotonic() >= deadline if options.examples is None else target.networks >= options.examples
 
     held = fuzz(targets(named, options.pipelines, options.keep), done, options.seed, options.keep, console)
     sys.exit(0 if held else 1)

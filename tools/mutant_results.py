@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -118,7 +119,7 @@ class Memory:
         self.held: dict[str, dict[str, str]] = {}
         if file.exists():
             for line in file.read_text().splitlines():
-                if line.endswith("}"):  # the last line may be half written
+                with suppress(json.JSONDecodeError):  # a run that was killed leaves half a line
                     item = json.loads(line)
                     self.held[item["mutant"]] = item
 
@@ -141,7 +142,7 @@ class Memory:
             "evidence": evidence,
         }  # fmt: skip
         with self.file.open("a") as out:
-            out.write(json.dumps(item) + "\n")
+            out.write("\n" + json.dumps(item) + "\n")  # the line before may be half a one
 
 
 def _evidence(outcome: str, by: str, tests: Sequence[str], keys: dict[str, str]) -> str:

@@ -2,8 +2,9 @@
 
 The changes are those of mutmut's operators (`mutations.py`). Each mutant is run against the tests that run the changed
 statement, cheapest first and those that killed its neighbours before, up to the first that fails (`mutant_tests.py`).
-What was found is kept under .cache/mutants, by hashes of the mutant's source and of the tests it depends on, so that a
-run can be stopped and taken up again, and only what changed is run anew (`mutant_results.py`).
+What was found is kept under .cache/mutants, by hashes of the mutant's file and of the tests that decided, so that a run
+can be stopped and taken up again, and only what changed is run anew (`mutant_results.py`). What the two stand on, such
+as fxcompile/ and the other passes, is no part of it: a change there seldom turns a verdict, and all would run anew.
 """
 
 from __future__ import annotations

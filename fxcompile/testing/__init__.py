@@ -8,7 +8,7 @@ def test_my_pass():
 
 from __future__ import annotations
 
-from fxcompile.testing.checks import Summary, check_pass, check_pipeline
+from fxcompile.testing.checks import NothingChecked, Summary, check_pass, check_pipeline
 from fxcompile.testing.failing import PassFailure
 from fxcompile.testing.growing import Recipe
 from fxcompile.testing.network import Network, Step
@@ -16,6 +16,7 @@ from fxcompile.testing.strategies import inputs, networks
 
 __all__ = [
     "Network",
+    "NothingChecked",
     "PassFailure",
     "Recipe",
     "Step",

@@ -28,7 +28,7 @@ class Block:
 
 
 BLOCKS: dict[str, Block] = {}
-"""By kind, the simplest first."""
+"""By kind, in the order in which the modules that enter them are imported: it decides what a seed draws."""
 
 LARGEST = 1500
 """Most numbers in one sample of a value."""
@@ -330,5 +330,5 @@ def tied(d: Draft) -> Value | None:
     if not found:
         return None
     layer = d.earlier(found)
-    x = d.source(lambda value: layer.likes(value.shape))
+    x = d.source(lambda value: layer.twin_takes(value.shape))
     return layer.twin(d, x) if x is not None and layer.twin is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 from fxcompile.comparing import Broken
 from fxcompile.contracts import Exact
 from fxcompile.drawing import search
+from fxcompile.errors import UsageError
 from fxcompile.rewriting import Pass
 from fxcompile.testing import promises, structure
 from fxcompile.testing.failing import PassFailure, Promise, failure_of
@@ -34,7 +36,9 @@ ALWAYS: tuple[Promise, ...] = (
     promises.stated_error,
     structure.nothing_copied,
     structure.rest_untouched,
+    structure.graph_sound,
     structure.shapes_recorded,
+    structure.origins_recorded,
     structure.layers_consistent,
     structure.savings,
     promises.same_trainable,
@@ -108,7 +112,7 @@ def check_pass(
 
     Raises:
         PassFailure: an AssertionError with the smallest network and input found, and a file that reproduces it.
-        AssertionError: no network had a site.
+        NothingChecked: an AssertionError, too: of 20 networks or more, none had a site.
     """
     taken = accepted_outside(pass_)
     if taken is not None:
@@ -123,11 +127,6 @@ def check_pass(
     check = Check(passes, [pass_], exact)
     recipes = [] if networks is not None else [*sites, *learn([pass_])]
     summary = check.run(networks, recipes, examples, seed, database)
-    if not summary.with_sites and examples >= 20:
-        raise AssertionError(
-            f"none of {summary.networks} networks had a site of {pass_.name}, so nothing was checked: say what makes "
-            "a site with sites=[...], or draw networks that have one with networks=..."
-        )
     check.export(onnx_examples)
     return summary
 
@@ -141,10 +140,16 @@ def check_pipeline(
     sites: Sequence[Recipe] = (),
     database: Path | None = None,
 ) -> Summary:
-    """Hold random orders and subsets of passes to their contracts together.
+    """Hold random orders and subsets of passes to their contracts together, with the options that they were given.
 
-    Arguments and errors are those of `check_pass`.
+    What concerns one pass alone is left to `check_pass`, whose arguments and errors these are: limits of options,
+    `only` and `skip`, idempotence, the file in ONNX Runtime.
+
+    Raises:
+        UsageError: there are no passes.
     """
+    if not passes:
+        raise UsageError("check_pipeline was given no passes")
 
     def order(tape: Tape) -> tuple[tuple[Pass, ...], bool]:
         count = 1 + tape.below(len(passes) + 1)
@@ -153,6 +158,24 @@ def check_pipeline(
     examples = hypothesis.settings().max_examples if examples is None else examples
     recipes = [] if networks is not None else [*sites, *learn(passes)]
     return Check(order, passes).run(networks, recipes, examples, seed, database)
+
+
+def file_name(text: str) -> str:
+    """A name for a file or folder that stands for a pipeline's text: with a hash where it would be too long."""
+    name = "".join(char if char.isalnum() else "-" for char in text)
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+LONGEST = 120
+"""Characters of a pipeline's text in a file's name; most systems take 255 bytes."""
+
+
+class NothingChecked(AssertionError):
+    """No network had a site of the passes, so that nothing was looked at."""
+
+
+FEWEST = 20
+"""Networks of which one at least must have a site."""
 
 
 class Check:
@@ -187,6 +210,7 @@ class Check:
 
         Raises:
             PassFailure: a promise is broken.
+            NothingChecked: no network had a site.
         """
         if networks is not None:
             drawn = st.builds(self._sample, networks, tapes(1))
@@ -198,6 +222,12 @@ class Check:
         if broken is not None:
             sample, evidence = broken if networks is not None else self._shrunk(*broken)
             raise self._failure(sample, evidence)
+        if not self.summary.with_sites and examples >= FEWEST:
+            names = " or ".join(pass_.name for pass_ in self.usual)
+            raise NothingChecked(
+                f"none of {self.summary.networks} networks had a site of {names}, so nothing was checked: say what "
+                "makes a site with sites=[...], or draw networks that have one with networks=..."
+            )
         return self.summary
 
     def _sample(self, network: Network, tape: Tape) -> Sample:
@@ -213,9 +243,7 @@ class Check:
         """What failed is kept for each check apart: with one key for all, each would drop what breaks another."""
         if folder is None or hypothesis.settings.default is None or hypothesis.settings.default.derandomize:
             return None
-        return DirectoryBasedExampleDatabase(
-            folder / "".join(char if char.isalnum() else "-" for char in str(self.usual))
-        )
+        return DirectoryBasedExampleDatabase(folder / file_name(", ".join(map(str, self.usual))))
 
     def _shrunk(self, sample: Sample, evidence: str) -> tuple[Sample, str]:
         """The smallest sample, and the fewest passes, that break the promise in focus."""
@@ -277,20 +305,21 @@ class Check:
             self.rewritten.append(sample)
 
     def export(self, count: int) -> None:
-        """Export some of the networks that were rewritten, the largest first.
+        """Export so many of the networks that were rewritten, the largest first.
 
         Raises:
             PassFailure: a file does not compute what the model does.
         """
-        for sample in sorted(self.rewritten, key=lambda item: -len(item.network.steps))[:count]:
+        for sample in sorted(self.rewritten, key=lambda item: -len(item.network.steps)):
+            if self.summary.exported >= count:
+                return
             trial = sample.trial(self.exact)
             assert trial is not None
             self.focus = promises.same_in_onnx
             try:
-                promises.same_in_onnx(trial)
+                self.summary.exported += promises.same_in_onnx(trial)
             except Broken as broken:
                 raise self._failure(sample, str(broken)) from None
-            self.summary.exported += 1
 
     def _failure(self, sample: Sample, evidence: str) -> PassFailure:
         trial = sample.trial(self.exact)

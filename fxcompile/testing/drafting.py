@@ -68,13 +68,13 @@ class Layer:
     Attributes:
         name: its attribute.
         gives: the output shape for an input shape, or None where it takes no such input.
-        likes: whether a layer with the same weight, but other options, may take an input shape.
+        twin_takes: whether a layer with the same weight, but other options, may take an input shape.
         twin: for layers with a weight, makes such a layer: `twin(draft, value)`.
     """
 
     name: str
     gives: Callable[[Shape], Shape | None]
-    likes: Callable[[Shape], bool] = lambda shape: False
+    twin_takes: Callable[[Shape], bool] = lambda shape: False
     twin: Callable[[Draft, Value], Value | None] | None = None
 
 
@@ -323,7 +323,7 @@ def _grouped(draft: Draft, output: str) -> tuple[list[tuple[str, str]], list[Lin
 
 
 def text(value: Any) -> str:
-    """A value as Python; sizes that are all the same as one number where `same` is meant are written by `size`."""
+    """A value as Python."""
     return repr(tuple(value)) if isinstance(value, (tuple, list)) else repr(value)
 
 

@@ -8,15 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from fxcompile.comparing import Broken
+from fxcompile.contracts import Exact, tolerance
 from fxcompile.drawing import Case
 from fxcompile.errors import ContractError
-from fxcompile.testing import promises, structure
+from fxcompile.rounding import NOISE, rounding_reach
+from fxcompile.testing import promises
 from fxcompile.testing.network import Network
 from fxcompile.testing.reproducing import reproducer
 from fxcompile.testing.sampling import Sample
 from fxcompile.testing.trial import Trial
 
-Promise = Callable[[Trial], None]
+Promise = Callable[[Trial], object]
 """Raises `Broken` where a trial breaks it."""
 
 
@@ -62,13 +64,30 @@ def failure_of(promise: Any, sample: Sample, trial: Trial, evidence: str) -> Pas
         promise=promise.__name__,
         home=promise.__module__,
         seed=trial.seed,
+        plain=promise is promises.same_function and is_plain(trial),
         exact=trial.exact,
         samples=sample.samples,
-        extra=trial.extra if promise is structure.selection else None,
+        site=trial.site,
     )
     on = f" on {comparisons[0][0]}" if comparisons and promise is promises.same_function else ""
     message = f"{title}\n{evidence}{on}\n{second_opinion(promise, trial)}\n{text}"
     return PassFailure(promise.__name__, evidence, sample.network, text, message)
+
+
+def is_plain(trial: Trial) -> bool:
+    """Whether equality is all that is promised of the outputs, without calibration data and without more rounding than
+    a dtype's tolerance: then the file can say how they are compared by itself.
+    """
+    if not trial.is_exact or trial.calibration is not None:
+        return False
+    for inputs in trial.inputs:
+        wanted = trial.wanted(inputs)
+        if wanted is None:
+            continue
+        reaches = zip(rounding_reach(trial.program, inputs, wanted), wanted, strict=True)
+        if any(NOISE * reach > tolerance(tensor.dtype) for reach, tensor in reaches):
+            return False
+    return True
 
 
 def trace_is_wrong(trial: Trial) -> bool:
@@ -95,7 +114,7 @@ def breaking_first(promise: Promise, trial: Trial, sample: Sample) -> list[tuple
 
 def second_opinion(promise: Promise, trial: Trial) -> str:
     """Whether the compiler's own verification sees what was found here, as it must for a wrong function."""
-    if promise is not promises.same_function or not trial.is_exact:
+    if promise is not promises.same_function or not isinstance(trial.contract, Exact):
         return ""
     try:
         trial.run(verify="raise", verify_examples=20)

@@ -79,6 +79,9 @@ COMPANY = 90
 ANYTHING = 110
 """Out of `CHOICES`: how often a step is any, while nothing is under way; otherwise a recipe starts."""
 
+BETWEEN = len(BLOCKS) // 2
+"""Out of `CHOICES`: how often a step of any kind stands between those of a recipe."""
+
 HABIT = 2
 """One step out of so many is of any kind, not of one that usually follows."""
 
@@ -189,7 +192,7 @@ class Planted:
         at = d.picker.below(CHOICES)
         after, self.fresh = self.fresh, False
         if self.pending:
-            if at >= len(BLOCKS) // 2:
+            if at >= BETWEEN:
                 self.follow(d)
                 return
         elif after and at >= CHOICES - COMPANY:

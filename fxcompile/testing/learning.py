@@ -69,9 +69,16 @@ EACH = 4
 def learn(passes: Sequence[Pass]) -> list[Recipe]:
     """Recipes for the sites of passes and for what they skip; each pattern and each reason as often as any other.
 
+    The same passes are looked at once.
+
     What was found in plain networks is planted in others and looked at again, as one thing leads to another; so is the
     same with one step of another kind. Half of what is planted in the end leaves open whatever does not matter.
     """
+    return list(_learnt(tuple(passes)))
+
+
+@lru_cache(maxsize=16)
+def _learnt(passes: tuple[Pass, ...]) -> tuple[Recipe, ...]:
     lessons = Lessons(passes)
     for index in range(MOST):
         if index >= PLAIN and (lessons.sites or lessons.skips):
@@ -89,7 +96,7 @@ def learn(passes: Sequence[Pass]) -> list[Recipe]:
         for seed in range(KIN):
             lessons.note(traced(alone(relative, inputs, seed)))
     lessons.loosen()
-    return lessons.recipes()
+    return tuple(lessons.recipes())
 
 
 Group = list[tuple[Recipe, Step]]

@@ -80,7 +80,8 @@ def numbers(kind: type[int] | type[float], limits: dict[str, float]) -> Iterator
         found += [0, 1]
     for value in found:
         if value is not None:
-            yield math.ceil(value) if kind is int else float(value)
+            whole = math.floor if value == high else math.ceil
+            yield whole(value) if kind is int else float(value)
 
 
 def values_outside(info: FieldInfo) -> Iterator[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def check_close(given: Sequence[Tensor], wanted: Sequence[Tensor], program: Prog
 
 
 def same_in_float32(trial: Trial) -> None:
-    """The same holds in float32, in its tolerance."""
+    """In float32, too, each output is the model's own, in the tolerance of that dtype."""
     single = trial.single()
     for inputs, given, wanted in compared(single):
         if trial.is_exact:
@@ -170,10 +171,16 @@ def _gradients(module: fx.GraphModule, examples: Sequence[Tensor], mode: str) ->
 
 
 def stated_error(trial: Trial) -> None:
-    """The error that a pass and its sites state is the one that is measured; none is above `max_error`."""
+    """The error that a pass and its sites state is the one that is measured, none above `max_error`; exact ones state
+    none.
+    """
     for report, pass_ in zip(trial.result.record.passes, trial.passes, strict=True):
         for site in report.sites:
-            if site.outcome == "kept" and pass_.max_error is not None and (site.error or 0.0) > pass_.max_error:
+            if site.outcome != "kept":
+                continue
+            if isinstance(pass_.promise, Exact) and site.error is not None:
+                raise Broken(f"site '{site.name}' of an exact pass states an error of {site.error}")
+            if pass_.max_error is not None and (site.error or 0.0) > pass_.max_error:
                 raise Broken(f"site '{site.name}' was kept with error {site.error}, above max_error={pass_.max_error}")
     if trial.is_exact or not trial.kept:
         return
@@ -243,7 +250,9 @@ def _error(ours: Sequence[Sequence[Tensor]], theirs: Sequence[Sequence[Tensor]])
 
 
 def _near(stated: float, measured: float) -> bool:
-    return stated == measured or abs(stated - measured) <= 1e-3 * max(stated, measured) + 1e-9
+    if not (math.isfinite(stated) and math.isfinite(measured)):
+        return stated == measured
+    return abs(stated - measured) <= 1e-3 * max(stated, measured) + 1e-9
 
 
 def verified(trial: Trial) -> None:
@@ -251,8 +260,12 @@ def verified(trial: Trial) -> None:
     trial.run(verify="raise", verify_examples=4)
 
 
-def same_in_onnx(trial: Trial) -> None:
-    """The emitted file computes in ONNX Runtime what the model does, in float32."""
+def same_in_onnx(trial: Trial) -> bool:
+    """The emitted file computes in ONNX Runtime what the model does, in float32.
+
+    Returns:
+        Whether there is a file: not where the network itself, without the passes, is not exported.
+    """
     single = trial.single()
     result = single.run()
     with tempfile.TemporaryDirectory() as folder:
@@ -261,7 +274,7 @@ def same_in_onnx(trial: Trial) -> None:
             result.save_onnx(path)
         except FxcompileError as error:
             if not _is_exported(single.program, Path(folder) / "before.onnx"):
-                return  # nor is the network without the passes
+                return False
             raise Broken(f"the result is not exported: {error}") from error
         session = open_session(path)
         for inputs in single.inputs:
@@ -270,6 +283,7 @@ def same_in_onnx(trial: Trial) -> None:
                 given = run_session(session, feeds_of(session, single.program, inputs))
                 target = single.program if trial.is_exact else result.program
                 compare_noisy(given, wanted if trial.is_exact else target.outputs(*inputs), target, inputs)
+    return True
 
 
 def _is_exported(program: Program, path: Path) -> bool:

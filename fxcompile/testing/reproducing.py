@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -51,8 +49,12 @@ program = fxc.trace(model, examples)
 result = fxc.PassManager(passes, seed={seed}, verify="off").run(program)
 with torch.no_grad():
     wanted = flat(model(*[tensor.clone() for tensor in inputs]))
-    given = flat(result.module(*[tensor.clone() for tensor in inputs]))
+    own = [tensor.clone() for tensor in inputs]
+    given = flat(result.module(*own))
 broken = len(given) != len(wanted)
+if not all(map(torch.equal, own, inputs)):
+    print("the rewritten module writes to its inputs")
+    broken = True
 for name, ours, theirs in zip(program.output_names, given, wanted):
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         print(f"{{name}}: {{tuple(ours.shape)}} {{ours.dtype}} instead of {{tuple(theirs.shape)}} {{theirs.dtype}}")
@@ -84,10 +86,11 @@ def reproducer(
     *,
     promise: str,
     home: str,
+    plain: bool = False,
     seed: int = 0,
     exact: bool = False,
     samples: int = 0,
-    extra: dict[str, Any] | None = None,
+    site: int = 0,
 ) -> str:
     """The text of the file.
 
@@ -96,11 +99,12 @@ def reproducer(
         evidence: the figures.
         inputs: the cases that are compared on, and their tensors; the first ones that break it are best.
         promise: the name of the function that checks it, in the module `home`.
+        plain: whether the outputs must be equal, and nothing else is promised: the file then compares them itself.
         samples: calibration samples, 0 for none.
+        site: which one `only` and `skip` are tried on.
     """
-    equality = promise == "same_function" and home.endswith("promises") and not samples
-    imports = IMPORTS + ("\nimport fxcompile as fxc" if equality else "")
-    if not equality:
+    imports = IMPORTS + ("\nimport fxcompile as fxc" if plain else "")
+    if not plain:
         imports += f"\nfrom {home} import {promise}\nfrom fxcompile.testing.trial import Trial, calibration_of"
         imports += "\nfrom fxcompile.comparing import Broken"
     lines, made = import_lines(passes)
@@ -115,12 +119,12 @@ def reproducer(
         "odd": repr(dict(network.odd)),
         "examples": examples_text(network),
         "made": ", ".join(made),
-        "inputs": inputs_text(network, inputs if not equality else inputs[:1], many=not equality),
+        "inputs": inputs_text(network, inputs if not plain else inputs[:1], many=not plain),
     }
     text = HEAD.format(**parts)
-    if equality:
+    if plain:
         return text + COMPARE.format(seed=seed)
-    arguments = [f"inputs, exact={exact}, seed={seed}", *([f"extra={extra!r}"] if extra else [])]
+    arguments = [f"inputs, exact={exact}, seed={seed}", *([f"site={site}"] if promise == "selection" else [])]
     if samples:
         text += calibration_text(network, samples)
         arguments.append("calibration=calibration")
@@ -149,7 +153,8 @@ def class_lines(kind: type) -> list[str]:
     if name == "__main__" and path is not None:
         name = Path(path).stem
     if path is not None and not importable(name, path):
-        lines.append(f"sys.path.append({str(Path(path).resolve().parents[name.count('.')])!r})")
+        depth = name.count(".") + (Path(path).stem == "__init__")
+        lines.append(f"sys.path.append({str(Path(path).resolve().parents[depth])!r})")
     if "<locals>" not in kind.__qualname__:
         top, *rest = kind.__qualname__.split(".")
         lines.append(f"from {name} import {top}")
@@ -165,7 +170,7 @@ def importable(name: str, path: str) -> bool:
     places = [item for item in sys.path if "site-packages" in item or "dist-packages" in item]
     if any(Path(path).resolve().is_relative_to(Path(place).resolve()) for place in places if place):
         return True
-    return package == "fxcompile" and importlib.import_module("fxcompile").__name__ == package
+    return package == "fxcompile"
 
 
 def examples_text(network: Network) -> str:
@@ -195,6 +200,12 @@ def inputs_text(network: Network, inputs: Sequence[tuple[Case, tuple[Tensor, ...
 def tensor_text(tensor: Tensor, case: Case, example: Tensor) -> str:
     """An expression that gives a tensor, to the last bit; random ones draw from `generator`."""
     shape = tuple(tensor.shape)
+    if case.kind in SCALES:  # whatever the numbers are: the next input's are drawn after them
+        mean, deviation = moments(example)
+        return (
+            f"(torch.randn({shape}, generator=generator, dtype=torch.float64) * {deviation!r} + {mean!r})"
+            f" * {SCALES[case.kind]!r}"
+        )
     zeros = f"torch.zeros({shape}, dtype={tensor.dtype})"
     found = tensor.flatten().nonzero().flatten().tolist()
     if not found:
@@ -204,12 +215,6 @@ def tensor_text(tensor: Tensor, case: Case, example: Tensor) -> str:
         return f"{zeros}.flatten().index_fill(0, torch.tensor({found[0]}), {first!r}).reshape({shape})"
     if bool((tensor == first).all()):
         return f"torch.full({shape}, {first!r}, dtype={tensor.dtype})"
-    if case.kind in SCALES:
-        mean, deviation = moments(example)
-        return (
-            f"(torch.randn({shape}, generator=generator, dtype=torch.float64) * {deviation!r} + {mean!r})"
-            f" * {SCALES[case.kind]!r}"
-        )
     return f"torch.tensor({tensor.tolist()!r}, dtype={tensor.dtype})"
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fxcompile.comparing import Broken
 from fxcompile.drawing import Case, Inputs
-from fxcompile.errors import FxcompileError
+from fxcompile.errors import FitError, FxcompileError, UsageError
 from fxcompile.rewriting import Pass
 from fxcompile.testing.network import Network
 from fxcompile.testing.strategies import Tape
@@ -35,8 +35,10 @@ class Sample:
     site: int
 
     def refused(self, broken: Broken) -> bool:
-        """Whether passes with an option at its limit have refused that by name, as they may."""
-        return self.at_limit and isinstance(broken.__cause__, FxcompileError)
+        """Whether passes with an option at its limit have refused that, as they may: an option that does not suit the
+        network, or a layer that cannot be fitted so. A replacement that does not fit in its place is no refusal.
+        """
+        return self.at_limit and isinstance(broken.__cause__, (UsageError, FitError))
 
     def trial(self, exact: bool) -> Trial | None:
         """The draw, built and traced; None where it cannot be.
@@ -46,7 +48,7 @@ class Sample:
         """
         try:
             model, examples = self.network.build()
-            trial = Trial(model, examples, self.passes, exact=exact and not self.at_limit, extra={"site": self.site})
+            trial = Trial(model, examples, self.passes, exact=exact and not self.at_limit, site=self.site)
             names = [name for name, _ in self.network.inputs]
             trial.calibration = calibration_of(examples, names, self.samples) if self.samples else None
             made = Inputs(trial.program.inputs, trial.program.examples)

@@ -63,7 +63,8 @@ def candidates(network: Network) -> Iterator[Sequence[Step]]:
     for index, step in enumerate(steps[1:-1], 1):
         if step.kind in COMPOSITES:
             for kind in ("convolution", "linear"):
-                yield [*steps[:index], Step(kind, (), step.sources), *steps[index + 1 :]]
+                values = tuple(source for source in step.sources if source[1] >= 0)  # not the layers that it takes
+                yield [*steps[:index], Step(kind, (), values), *steps[index + 1 :]]
     _, draft = regrow(steps)
     for index in (0, count - 1, *range(1, count - 1)):
         if index < len(draft.steps):

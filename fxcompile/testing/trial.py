@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -35,7 +35,7 @@ class Trial:
         calibration: samples for passes that fit, by input name, or None.
         exact: hold approximate passes to equality, too, because their options promise it.
         seed: of the run.
-        extra: what a promise needs besides, by its name: which option or site to look at.
+        site: which site `only` and `skip` are tried on, counted around.
     """
 
     model: nn.Module
@@ -45,7 +45,7 @@ class Trial:
     calibration: Mapping[str, Tensor] | None = None
     exact: bool = False
     seed: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    site: int = 0
 
     @cached_property
     def before(self) -> Held:
@@ -148,6 +148,7 @@ class Trial:
             self.calibration and {name: narrow(tensor) for name, tensor in self.calibration.items()},
             self.exact,
             self.seed,
+            self.site,
         )
 
 
@@ -161,28 +162,34 @@ def calibration_of(examples: Sequence[Tensor], names: Sequence[str], samples: in
 
 
 class Held:
-    """The tensors, modes and attributes of a module and the state of all random generators, to be compared later."""
+    """The tensors, modes and options of a module's layers and the state of all random generators, to compare later."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.tensors = [(name, tensor, tensor.detach().clone()) for name, tensor in _tensors(module)]
-        self.modes = [(name, item.training) for name, item in module.named_modules()]
+        self.tensors = [
+            (name, tensor, tensor.detach().clone(), tensor.requires_grad) for name, tensor in _tensors(module)
+        ]
+        self.layers = {name: (item.training, _told(item)) for name, item in module.named_modules()}
         self.generators = _generators()
 
     def difference(self) -> str | None:
         """What has changed since, or None."""
         now = dict(_tensors(self.module))
-        for name, tensor, values in self.tensors:
+        for name, tensor, values, trains in self.tensors:
             if now.get(name) is not tensor:
                 return f"tensor '{name}' is another one than before"
             if not torch.equal(tensor.detach().nan_to_num(), values.nan_to_num()):
                 return f"tensor '{name}' has other values than before"
+            if tensor.requires_grad != trains:
+                return f"tensor '{name}' {'trained, and is frozen now' if trains else 'was frozen, and trains now'}"
         if len(now) > len(self.tensors):
             return "there are more tensors than before"
-        modes = dict(self.modes)
         for name, item in self.module.named_modules():
-            if item.training != modes.get(name):
+            trained, told = self.layers.get(name, (item.training, ""))
+            if item.training != trained:
                 return f"layer '{name}' is in {'training' if item.training else 'eval'} mode and was not"
+            if _told(item) != told:
+                return f"layer '{name}' was {told or 'not there'} and is {_told(item)}"
         return None
 
     def moved_generator(self) -> str | None:
@@ -195,6 +202,11 @@ class Held:
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def _told(layer: nn.Module) -> str:
+    """A layer's kind and options, as it prints them."""
+    return f"{type(layer).__name__}({layer.extra_repr()})"
 
 
 def _generators() -> list[tuple[str, object]]:

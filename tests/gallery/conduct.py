@@ -45,12 +45,40 @@ class CopiesTied(Rebuild):
 
 
 class WritesToTheModel(Rebuild):
-    """Rounds tiny weights away, in the user's own tensors."""
+    """Doubles the weights on the way, in the user's own tensors."""
 
     def rewrite(self, site: Site) -> list[nn.Module]:
         with torch.no_grad():
             site.layer.weight.mul_(2.0)
         return [with_weights(site.layer, site.layer.weight.detach() / 2.0, site.layer.bias)]
+
+
+class FreezesTheModel(Rebuild):
+    """The user's own weights do not train any more, and so nothing seems to have changed."""
+
+    def rewrite(self, site: Site) -> list[nn.Module]:
+        site.layer.requires_grad_(False)
+        return super().rewrite(site)
+
+
+class StridesTheModel(Rebuild):
+    """Takes the stride away from the layer that it was given, and puts it into a slice behind."""
+
+    def may_change(self, program: Program, node: fx.Node) -> bool:
+        conv: Any = program.layer(node)
+        return super().may_change(program, node) and min(conv.stride) > 1 and len(conv.stride) == 2
+
+    def rewrite(self, site: Site) -> list[nn.Module]:
+        (rows, columns), site.layer.stride = site.layer.stride, (1, 1)
+        return [super().rewrite(site)[0], nn.MaxPool2d(1, (rows, columns))]
+
+
+class Unhelpful(Rebuild):
+    """Rewrites everything or nothing."""
+
+    def sites(self, program: Program) -> Iterator[Site]:
+        if not (self.only or self.skip):
+            yield from super().sites(program)
 
 
 class UsesTheGlobalGenerator(Rebuild):
@@ -233,7 +261,7 @@ class Detaches(Shift):
 
 RIGHT = [Rebuild, RoundsABit, DropDeadTaps, Shift]
 WRONG = [
-    CopiesTied, WritesToTheModel, UsesTheGlobalGenerator, NeverTheSameTwice, Freezes, NarrowsTheDtype, NeedsABias,
-    ClaimsIdempotence, GoesEverywhere, LimitTooFar, CallsItExact, ForgetsOtherCallers, ForgetsTheStride,
-    Detaches,
+    CopiesTied, WritesToTheModel, FreezesTheModel, StridesTheModel, Unhelpful, UsesTheGlobalGenerator,
+    NeverTheSameTwice, Freezes, NarrowsTheDtype, NeedsABias, ClaimsIdempotence, GoesEverywhere, LimitTooFar,
+    CallsItExact, ForgetsOtherCallers, ForgetsTheStride, Detaches,
 ]  # fmt: skip
