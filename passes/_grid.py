@@ -149,7 +149,7 @@ def white(weight: Tensor, inside: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
         pixels: how many it sees.
     """
     groups, _, channels = weight.shape[:3]
-    features = weight[0, 0].numel()
+    features = weight.flatten(2).shape[2]
     mean = torch.einsum("cd,t->cdt", torch.eye(channels, dtype=torch.float64), inside.flatten().double() / pixels)
     mean = mean.flatten(1).expand(groups, -1, -1)
     top = torch.cat([torch.eye(features, dtype=torch.float64).expand(groups, -1, -1), mean.mT], 2)

@@ -124,8 +124,8 @@ def _descended(
         found = [linalg.solve_triangular(b, y, upper=False, left=False) for b, y in zip(right, items, strict=True)]
         return [linalg.solve_triangular(a.mT, x, upper=True) for a, x in zip(left, found, strict=True)]
 
-    search = torch.optim.LBFGS(free, max_iter=steps, max_eval=steps * 5 // 4, history_size=20,
-                               tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")  # fmt: skip
+    search = torch.optim.LBFGS(free, max_iter=steps, history_size=20, tolerance_grad=0, tolerance_change=0,
+                               line_search_fn="strong_wolfe")  # fmt: skip
 
     def closure() -> float:
         search.zero_grad()
@@ -193,10 +193,8 @@ def _alternated(weight: Tensor, rank: int, ridge: float) -> list[Tensor]:
     """The best of a few starts, each a share of the sweeps, with the rest of them."""
     sweeps = min(max(int(_WORK / (2.0 * weight.dim() * weight.numel() * rank)), _FEWEST), _SWEEPS)
     starts = [_start(weight, rank, seed) for seed in range(_STARTS if sweeps == _SWEEPS else 1)]
-    if len(starts) > 1:
-        tried = [_sweep(weight, start, ridge, _TRIAL) for start in starts]
-        starts = [min(tried, key=lambda item: item[1])[0]]
-    return _sweep(weight, starts[0], ridge, sweeps)[0]
+    tried = [_sweep(weight, start, ridge, min(_TRIAL, sweeps)) for start in starts]
+    return _sweep(weight, min(tried, key=lambda item: item[1])[0], ridge, sweeps)[0]
 
 
 def _start(weight: Tensor, rank: int, seed: int) -> list[Tensor]:

@@ -133,8 +133,8 @@ class ReduceGrid(WidthPass):
         low, high = grid.bounds(self.mix)
         if unit <= 0:
             return high
-        dense = grid.dense - fixed / self.rank if isinstance(self.rank, float) else grid.dense
-        return min(max(rank_for(self.rank, unit, max(dense, 0.0), grid.groups, self.rounding), low), high)
+        left = max(grid.dense - fixed / self.rank, 0.0)
+        return min(max(rank_for(self.rank, unit, left, grid.groups, self.rounding), low), high)
 
     def candidates(self, site: Site) -> Iterator[Replacement]:
         """What the weights alone give, and what the data do with either pooling."""
