@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxcompile.program import fetch
 from fxcompile.rewriting import Replacement, Site
 
 
@@ -27,6 +28,11 @@ def run_region(site: Site, inputs: Sequence[Tensor]) -> Tensor:
     layers = iter(site.layers)
     value: Any = None
     for node in site.nodes:
+        if node.op == "get_attr":
+            owner = node.graph.owning_module
+            assert owner is not None
+            env[node] = fetch(owner, str(node.target))
+            continue
         args = fx.node.map_arg(node.args, env.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
         function: Any = next(layers) if node.op == "call_module" else node.target

@@ -66,7 +66,7 @@ class Site:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of the first node's input for the example inputs."""
-        return shape_of(self.node.all_input_nodes[0]) or ()
+        return shape_of(next(node.all_input_nodes[0] for node in self.nodes if node.all_input_nodes)) or ()
 
     @property
     def output_shape(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The rewrites that ship with fxcompile, imported as `fxcompile.passes`."""
 
+from .absorb_shuffles import AbsorbShuffles
 from .bottleneck import Bottleneck
 from .eliminate_identity import EliminateIdentity
 from .factorize import Factorize
@@ -11,6 +12,7 @@ from .split_kernels import SplitKernels
 from .stack_kernels import StackKernels
 
 __all__ = [
+    "AbsorbShuffles",
     "Bottleneck",
     "EliminateIdentity",
     "Factorize",

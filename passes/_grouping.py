@@ -22,7 +22,7 @@ from torch import Tensor, linalg
 from fxcompile.fitting import leading_outputs
 
 from ._separable import low_rank
-from ._stack_refining import Coordinates, cholesky_factor, descend, squared_norm
+from ._stack_refining import Coordinates, cholesky_factor, descend, squared_norm, with_diagonal
 
 _RIDGE, _DAMPING = 1e-2, 1e-10
 _FLOPS, _STEPS, _ROUND, _ENOUGH = 2e11, (12, 120), 30, 0.99
@@ -61,7 +61,7 @@ def singular_values(weight: Tensor, ins: int, outs: int) -> Tensor:
 def held(gram: Tensor) -> Tensor:
     """S [G, F, F] with a hundredth of its mean diagonal added, to hold a fit near the weight where S says little."""
     level = gram.diagonal(dim1=1, dim2=2).mean(1)
-    return gram + torch.diag_embed(torch.where(level > 0, _RIDGE * level, 1.0)[:, None].expand(gram.shape[:2]))
+    return with_diagonal(gram, torch.where(level > 0, _RIDGE * level, 1.0))
 
 
 def lost(pair: Pair, weight: Tensor, gram: Tensor | None = None) -> float:

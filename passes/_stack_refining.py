@@ -208,9 +208,15 @@ def cholesky_factor(gram: Tensor, damping: float) -> Tensor:
     """Cholesky factor of `gram` [g, n, n], semidefinite, with `damping` of its mean diagonal added, or more."""
     level = gram.diagonal(dim1=1, dim2=2).mean(1)
     while True:
-        extra = (damping * level + 1e-300)[:, None]
         factor: Tensor
-        factor, failed = linalg.cholesky_ex(gram + torch.diag_embed(extra.expand(gram.shape[:2])))
+        factor, failed = linalg.cholesky_ex(with_diagonal(gram, damping * level + 1e-300))
         if not bool(failed.any()):
             return factor
         damping *= 100
+
+
+def with_diagonal(gram: Tensor, added: Tensor) -> Tensor:
+    """A copy of `gram` [g, n, n] with a number [g] added on the diagonal of each."""
+    copied = gram.clone()
+    copied.diagonal(dim1=1, dim2=2).add_(added.unsqueeze(1))
+    return copied

@@ -49,8 +49,9 @@ class GroupShuffle(RankedPass):
 
     `permuted` leaves out what is between groups, the fewest that cost no more than the share `rank`. Channels are put
     together so that it is little, by turns of inputs and outputs; with calibration data the rest is solved for, and the
-    layer's own order is kept where that comes nearer. A block-diagonal weight in disorder comes out exactly. It is the
-    cheapest form and the farthest, and calibration data bring it more than the order does.
+    layer's own order is kept where that comes nearer. A block-diagonal weight in disorder comes out exactly. Run
+    `absorb-shuffles` after it, and the orders go into the layers around where those allow it. It is the cheapest form
+    and the farthest, and calibration data bring it more than the order does.
 
     Stride, padding and dilation stay with the first layer; the bias goes to the last.
     """

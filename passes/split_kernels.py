@@ -42,8 +42,9 @@ class SplitKernels(WithRelus, RankedPass):
 
     Side by side, both see the input: what is left of the weight is a cross, solved by least squares over its taps; the
     first branch holds the middle tap. `merge=concat` lets each give half of the outputs, those at which it is better
-    than the other (Szegedy et al. 2016 give them as they come), and puts them back in order. Far less is left of the
-    weight than in sequence at the same cost: this is for architectures that need the form, and for training.
+    than the other (Szegedy et al. 2016 give them as they come), and puts them back in order, which `absorb-shuffles`
+    leaves to the layer behind. Far less is left of the weight than in sequence at the same cost: this is for
+    architectures that need the form, and for training.
 
     Of kernels with three axes any share may come first in sequence; side by side there are three branches. Where S
     would be larger than 4608 squared, only the last layer in sequence is fitted to the data.

@@ -100,6 +100,16 @@ def conv(
     return layer
 
 
+def planted(layer: Any, groups: int, seed: int) -> None:
+    """Set all weights of a layer to zero but those within so many groups of each of its own, in disorder."""
+    generator = torch.Generator().manual_seed(seed)
+    outs, ins = layer.out_channels // layer.groups, layer.weight.shape[1]
+    for own in layer.weight.detach().unflatten(0, (layer.groups, outs)):
+        rows, columns = torch.randperm(outs, generator=generator), torch.randperm(ins, generator=generator)
+        keeps = (rows * groups // outs)[:, None] == (columns * groups // ins)[None]
+        own.mul_(keeps[(..., *[None] * len(layer.kernel_size))])
+
+
 def geometry(
     draw: Callable[[Any], Any], kernel: tuple[int, ...], groups: int, modes: tuple[str, ...] = ("zeros",), pad: int = 2
 ) -> dict[str, Any]:

@@ -56,3 +56,23 @@ def test_the_rest_is_held_to_the_exporter_and_memory_to_the_model() -> None:
     assert bench.export_faults(run(10, analysis=1.1)) == ["10: 1.1 s beside 1.0 s of torch.onnx.export"]
     assert bench.memory_faults(run(10, peak=1399), 1000) == []
     assert len(bench.memory_faults(run(10, peak=1400), 1000)) == 1
+
+
+def test_a_fit_is_held_to_seconds_and_bytes() -> None:
+    def fitted(seconds: float, peak: int) -> Any:
+        return bench.Run("split-kernels 512 3x3 at 7x7", 1, 100, peak, {"split-kernels": seconds})
+
+    assert bench.refit_faults(fitted(20.0, 2_000_000_100), 100) == []
+    (fault,) = bench.refit_faults(fitted(20.1, 0), 0)
+    assert fault == "split-kernels 512 3x3 at 7x7: 20.1 s, the goal is 20 s"
+    (fault,) = bench.refit_faults(fitted(1.0, 2_100_000_100), 100)
+    assert fault.endswith("2100 MB above importing torch, the goal is 2000 MB")
+
+
+def test_the_features_that_are_fitted_to_are_alike() -> None:
+    maps = networks.features(20, 96, 7)
+    assert maps.shape == (20, 96, 7, 7)
+    assert float(maps.min()) == 0
+    values = torch.linalg.svdvals((maps - maps.mean((0, 2, 3), keepdim=True)).movedim(1, 0).flatten(1).double())
+    assert float(values[:48].square().sum() / values.square().sum()) > 0.7
+    assert networks.single(96, 3)(maps).shape == maps.shape

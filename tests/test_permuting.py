@@ -9,7 +9,7 @@ import pytest
 import torch
 from fxcompile.passes import GroupShuffle
 from fxcompile.passes import _permuting as permuting
-from helpers import KINDS, MODES, Net, conv, geometry, images, only_site, outputs, printed, randn, relative
+from helpers import KINDS, MODES, Net, conv, geometry, images, only_site, outputs, planted, printed, randn, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,16 +25,6 @@ from fxcompile.tracing import trace
 def permuted(model: nn.Module, x: Tensor, calibration: Tensor | None = None, **options: Any) -> Result:
     passes = [GroupShuffle(style="permuted", **options)]
     return PassManager(passes, calibration=calibration, verify_examples=2).run(trace(model.eval(), x[:2]))
-
-
-def planted(layer: Any, groups: int, seed: int) -> None:
-    """Set all weights of a layer to zero but those within so many groups of each of its own, in disorder."""
-    generator = torch.Generator().manual_seed(seed)
-    outs, ins = layer.out_channels // layer.groups, layer.weight.shape[1]
-    for own in layer.weight.detach().unflatten(0, (layer.groups, outs)):
-        rows, columns = torch.randperm(outs, generator=generator), torch.randperm(ins, generator=generator)
-        keeps = (rows * groups // outs)[:, None] == (columns * groups // ins)[None]
-        own.mul_(keeps[(..., *[None] * len(layer.kernel_size))])
 
 
 # ---- exactness -------------------------------------------------------------------------------------------------------

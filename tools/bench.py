@@ -1,4 +1,4 @@
-"""Measure what compiling costs: growth with the number of layers, against the exporter, and memory. See tools/bench.
+"""Measure what compiling costs: growth with layers, against the exporter, memory, and fits. See tools/bench.
 
 Each network is compiled by the fxcompile command in a process of its own; times of stages come from its JSON report,
 the peak of memory from the operating system.
@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
-from networks import SIZE, UNITS, network, resnet152
+from networks import SIZE, UNITS, features, network, resnet152, single
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +36,15 @@ SHORT = 0.05
 TIMES_THE_MODEL = 4
 REPEATS = 3
 """Compilations of the network that is held against the exporter: the one of the middle ratio counts."""
+
+SECTIONS = ("growth", "export", "refit")
+REFITS = (("bottleneck", 512, 3), ("group-shuffle", 512, 3), ("split-kernels", 512, 3), ("stack-kernels", 184, 5))
+"""Passes, and the channels and kernel of the layer that each is timed on: the largest Gram matrix that one is made for,
+of about 4608 x 4608."""
+MAPS = (7, 14)
+IMAGES = 256
+REFIT_SECONDS, REFIT_BYTES = 20, 2e9
+"""What fitting a layer may take, on two cores, and above what importing torch does."""
 
 
 @dataclass
@@ -84,7 +94,7 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def compiled(name: str, made: torch.nn.Module, factory: str, shape: str, passes: str, folder: Path) -> Run:
+def compiled(name: str, made: torch.nn.Module, factory: str, shape: str, passes: str, folder: Path, *extra: str) -> Run:
     """Write a network's weights, compile them with the command, and read its report."""
     weights, report = folder / f"{name}.pt", folder / f"{name}.json"
     torch.save(made.state_dict(), weights)
@@ -93,7 +103,7 @@ def compiled(name: str, made: torch.nn.Module, factory: str, shape: str, passes:
         f"import sys\nsys.path.insert(0, {str(TOOLS)!r})\nfrom networks import *\n\ndef make():\n    return {factory}\n"
     )
     arguments = [str(weights), "--model", f"{source}:make", "--input-shape", shape, "--passes", passes,
-                 "-o", str(folder / f"{name}.onnx"), "--report", str(report), "--quiet"]  # fmt: skip
+                 "-o", str(folder / f"{name}.onnx"), "--report", str(report), "--quiet", *extra]  # fmt: skip
     layers = sum(1 for module in made.modules() if not any(True for _ in module.children()))
     size = weights.stat().st_size
     del made
@@ -149,6 +159,17 @@ def memory_faults(run: Run, base: int) -> list[str]:
     return [f"{run.name}: {run.peak_bytes / 1e6:.0f} MB at the peak, the limit is {limit / 1e6:.0f} MB"]
 
 
+def refit_faults(run: Run, base: int) -> list[str]:
+    """Whether fitting one layer took too long or too much memory."""
+    seconds, held = run.seconds[run.name.partition(" ")[0]], run.peak_bytes - base
+    faults = []
+    if seconds > REFIT_SECONDS:
+        faults.append(f"{run.name}: {seconds:.1f} s, the goal is {REFIT_SECONDS} s")
+    if held > REFIT_BYTES:
+        faults.append(f"{run.name}: {held / 1e6:.0f} MB above importing torch, the goal is {REFIT_BYTES / 1e6:.0f} MB")
+    return faults
+
+
 def show(console: Console, runs: list[Run]) -> None:
     """A column for each run, a row for each stage."""
     table = Table(box=None, pad_edge=False, header_style="")
@@ -163,30 +184,25 @@ def show(console: Console, runs: list[Run]) -> None:
     console.print()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="up to 1,000 layers only")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    options = parser.parse_args()
-    console, faults, every = Console(), [], []
-    sizes = SIZES[:-1] if options.quick else SIZES
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for shape in UNITS:
-            runs = []
-            for layers in sizes:
-                made = network(shape, layers)
-                code = f"network({shape!r}, {layers})"
-                runs.append(compiled(f"{shape}-{layers}", made, code, f"2x3x{SIZE}x{SIZE}", PIPELINE, folder))
-            show(console, runs)
-            faults += growth_faults(runs)
-            every += runs
-        base = peak_of(python("import torch"))
-        runs = [
-            compiled("resnet-152", resnet152(), "resnet152()", "1x3x224x224", EXACT, folder) for _ in range(REPEATS)
-        ]
+def growth(console: Console, folder: Path, sizes: tuple[int, ...]) -> tuple[list[Run], list[str]]:
+    """Networks of several shapes, each at several sizes."""
+    every, faults = [], []
+    for shape in UNITS:
+        runs = []
+        for layers in sizes:
+            made = network(shape, layers)
+            code = f"network({shape!r}, {layers})"
+            runs.append(compiled(f"{shape}-{layers}", made, code, f"2x3x{SIZE}x{SIZE}", PIPELINE, folder))
+        show(console, runs)
+        faults += growth_faults(runs)
         every += runs
-        plain = plain_export("resnet152()", (1, 3, 224, 224))
+    return every, faults
+
+
+def export(console: Console, folder: Path, base: int) -> tuple[list[Run], list[str]]:
+    """A ResNet-152 against the exporter, in time and in memory."""
+    runs = [compiled("resnet-152", resnet152(), "resnet152()", "1x3x224x224", EXACT, folder) for _ in range(REPEATS)]
+    plain = plain_export("resnet152()", (1, 3, 224, 224))
     show(console, runs)
     run = sorted(runs, key=lambda item: item.ratio)[REPEATS // 2]
     rest = run.total - run.export
@@ -200,14 +216,53 @@ def main() -> None:
     console.print(
         f"memory: import torch {base / 1e6:.0f} MB, above it {held:.2f} times the {size / 1e6:.0f} MB of the model"
     )
-    faults += export_faults(run) + memory_faults(run, base)
+    return runs, export_faults(run) + memory_faults(run, base)
+
+
+def refit(console: Console, folder: Path, base: int) -> tuple[list[Run], list[str]]:
+    """Single layers fitted to calibration data."""
+    runs = []
+    for size in MAPS:
+        for name, channels, kernel in REFITS:
+            data = folder / "features.npy"
+            np.save(data, features(IMAGES, channels, size).numpy())
+            label = f"{name} {channels} {kernel}x{kernel} at {size}x{size}"
+            shape, code = f"1x{channels}x{size}x{size}", f"single({channels}, {kernel})"
+            run = compiled(label, single(channels, kernel), code, shape, name, folder, "--calibration", str(data))
+            console.print(
+                f"{label}: {run.seconds[name]:.1f} s, {(run.peak_bytes - base) / 1e6:.0f} MB above importing torch"
+            )
+            runs.append(run)
+    return runs, [fault for run in runs for fault in refit_faults(run, base)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; by default all")
+    parser.add_argument("--quick", action="store_true", help="up to 1,000 layers only")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    options = parser.parse_args()
+    sections = options.sections or SECTIONS
+    for section in sections:
+        if section not in SECTIONS:
+            parser.error(f"there is no section '{section}'; choose from {', '.join(SECTIONS)}")
+    console, base = Console(), peak_of(python("import torch"))
+    runs: list[Run] = []
+    faults: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        measured = []
+        if "growth" in sections:
+            measured.append(growth(console, folder, SIZES[:-1] if options.quick else SIZES))
+        if "export" in sections:
+            measured.append(export(console, folder, base))
+        if "refit" in sections:
+            measured.append(refit(console, folder, base))
+    for made, missed in measured:
+        runs += made
+        faults += missed
     if options.json is not None:
-        figures = {
-            "import_torch_bytes": base,
-            "plain_export_seconds": plain,
-            "runs": [asdict(item) for item in every],
-            "faults": faults,
-        }
+        figures = {"import_torch_bytes": base, "runs": [asdict(item) for item in runs], "faults": faults}
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     for fault in faults:
         console.print(f"missed: {fault}", soft_wrap=True)

@@ -248,3 +248,17 @@ class ResNet(nn.Module):
 def resnet152() -> nn.Module:
     """ResNet-152, as `fxcompile --model` calls it."""
     return ResNet((3, 8, 36, 3))
+
+
+def single(channels: int, kernel: int) -> nn.Module:
+    """One convolution that keeps its channels and the size of the map."""
+    return nn.Sequential(Maker(1).conv(channels, channels, kernel))
+
+
+def features(count: int, channels: int, size: int, seed: int = 0) -> Tensor:
+    """Maps [count, channels, size, size] as a network has them: channels and pixels are alike, nothing is negative."""
+    generator = torch.Generator().manual_seed(seed)
+    plain = torch.randn(count, 64, size, size, generator=generator)
+    mixed = torch.einsum("oc,nchw->nohw", torch.randn(channels, 64, generator=generator), plain)
+    noise = 3 * torch.randn(count, channels, size, size, generator=generator)
+    return nn.functional.avg_pool2d(mixed + noise, 3, 1, 1).relu()
