@@ -42,7 +42,7 @@ joint steps; what has after them more than so many times that of another that co
 aside, is not drafted any further.
 """
 
-PROBES = 2
+PROBES = 1
 """Batches on which is measured how much a layer matters."""
 
 
@@ -259,7 +259,7 @@ def distinct(style: Style, site: Site) -> list[tuple[float, RankedPass]]:
     for share in SHARES:
         pass_ = style(share)
         ways = tuple(pass_.alternatives(site))
-        if max(way[0] for way in ways) <= share * (1 + 1e-9):
+        if ways and max(way[0] for way in ways) <= share * (1 + 1e-9):
             found.setdefault(ways, pass_)
     return sorted(((max(way[0] for way in ways), pass_) for ways, pass_ in found.items()), key=lambda item: item[0])
 

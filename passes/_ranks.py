@@ -94,6 +94,7 @@ class RankedPass(WidthPass):
     def alternatives(self, site: Site) -> list[tuple[float, ...]]:
         """What may stand in a site's place under these options, of which the data choose: for each the share of the
         layer's MACs that it costs, and what its channels are. Two passes that agree in this give the same.
+        Nothing where there is no form at all.
         """
         raise NotImplementedError
 

@@ -36,7 +36,8 @@ STYLES: dict[str, list[tuple[type[RankedPass], dict[str, Any]]]] = {
     "stack-kernels": [(StackKernels, {})],
 }  # fmt: skip
 """The ways of each pass that change the function the least at their cost. Over more than one pixel a shuffle unit is
-never as near as the same groups without a shuffle.
+never as near as the same groups without a shuffle, `style=permuted` is the farthest of all, and
+to draft `style=cp` takes longer than all others together.
 """
 
 CONTENDERS, NEAR = (3, 2), 1.5

@@ -179,7 +179,7 @@ class GroupShuffle(RankedPass):
         forms, fit = self.forms(site), []
         if not self.by_weight and isinstance(self.rank, float):
             fit = [form for form in forms if not self.too_costly(form.share, 1)]
-        return fit or [min(forms)]
+        return fit or sorted(forms)[:1]
 
     def forms(self, site: Site) -> list[Form]:
         """Those that the options and the channels allow."""
