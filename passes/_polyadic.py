@@ -193,8 +193,9 @@ def _alternated(weight: Tensor, rank: int, ridge: float) -> list[Tensor]:
     """The best of a few starts, each a share of the sweeps, with the rest of them."""
     sweeps = min(max(int(_WORK / (2.0 * weight.dim() * weight.numel() * rank)), _FEWEST), _SWEEPS)
     starts = [_start(weight, rank, seed) for seed in range(_STARTS if sweeps == _SWEEPS else 1)]
-    tried = [_sweep(weight, start, ridge, min(_TRIAL, sweeps)) for start in starts]
-    return _sweep(weight, min(tried, key=lambda item: item[1])[0], ridge, sweeps)[0]
+    trial = min(_TRIAL, sweeps)
+    tried = [_sweep(weight, start, ridge, trial) for start in starts]
+    return _sweep(weight, min(tried, key=lambda item: item[1])[0], ridge, sweeps - trial)[0]
 
 
 def _start(weight: Tensor, rank: int, seed: int) -> list[Tensor]:
@@ -214,7 +215,7 @@ def _start(weight: Tensor, rank: int, seed: int) -> list[Tensor]:
 
 def _sweep(weight: Tensor, factors: list[Tensor], ridge: float, sweeps: int) -> tuple[list[Tensor], float]:
     """At most so many rounds of solving for each factor in turn; and the squared error that is left."""
-    before = math.inf
+    error = before = math.inf
     found = list(factors)
     for _ in range(sweeps):
         for axis in reversed(range(len(found))):
