@@ -166,7 +166,7 @@ def search(
     found: list[tuple[Drawn, str]] = []
     phases = {Phase.generate: True, Phase.shrink: shrink, Phase.reuse: database is not None}
 
-    @hypothesis.settings(
+    settings = hypothesis.settings(
         max_examples=max(examples, 1),
         database=database,
         deadline=None,
@@ -176,6 +176,7 @@ def search(
         report_multiple_bugs=False,
         verbosity=hypothesis.Verbosity.quiet,
     )
+
     @hypothesis.given(strategy)
     def run(drawn: Drawn) -> None:
         try:
@@ -185,7 +186,8 @@ def search(
             raise
 
     try:
-        (run if seed is None else hypothesis.seed(seed)(run))()
+        # The settings come last: a seed by itself takes the database away.
+        settings(run if seed is None else hypothesis.seed(seed)(run))()
     except (Broken, Flaky):  # flaky: what is checked is itself random, and the last case found is as good as any
         return found[-1]
     return None

@@ -125,6 +125,10 @@ class Pass(BaseModel):
     contract: ClassVar[Contract]
     idempotent: ClassVar[bool] = False
     """Whether the pass leaves its own result as it is: run twice, it does no more than run once."""
+    refit: ClassVar[bool] = True
+    """Whether the last linear layer of a replacement is solved for on calibration data, and kept where it is nearer;
+    not where weights must stay what the pass makes of them, such as rounded or sparse ones.
+    """
 
     only: tuple[str, ...] = Field((), description="globs of layer names: sites elsewhere are left")
     skip: tuple[str, ...] = Field((), description="globs of layer names to leave as they are")

@@ -176,7 +176,7 @@ class Run:
             elif known is not None:
                 fits.append(known)
             else:
-                fits.append(data.fit(site, choice) if data is not None else (choice, None))
+                fits.append((choice, None) if data is None else data.fit(site, choice, solve=pass_.refit))
         if not fits:
             return
         replacement, report.error = min(fits, key=_distance)

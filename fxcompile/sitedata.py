@@ -112,11 +112,15 @@ class SiteData:
                 distance.add(run_replacement(replacement, (x,)), y)
         return distance.value
 
-    def fit(self, site: Site, replacement: Replacement) -> tuple[Replacement, float]:
-        """Re-solve the last linear layer by least squares; keep whichever is nearer on held-out data."""
+    def fit(self, site: Site, replacement: Replacement, solve: bool = True) -> tuple[Replacement, float]:
+        """Re-solve the last linear layer by least squares; keep whichever is nearer on held-out data.
+
+        Args:
+            solve: if not, measure only.
+        """
         error = self.error(site, replacement)
         modules = [replacement] if isinstance(replacement, nn.Module) else list(replacement)
-        if not self.fits or not modules or not isinstance(modules[-1], (*CONVOLUTIONS, nn.Linear)):
+        if not solve or not self.fits or not modules or not isinstance(modules[-1], (*CONVOLUTIONS, nn.Linear)):
             return replacement, error
         solved = [*modules[:-1], refitted(modules[-1], self.statistics(site, modules))]
         solved_error = self.error(site, solved)

@@ -125,17 +125,6 @@ class GlobalRandom(ExplicitPadding):
         return super().rewrite(site)
 
 
-class NeverTheSame(ExplicitPadding):
-    """Differs by less than rounding, from run to run."""
-
-    name: ClassVar[str] = "never-the-same"
-    count: ClassVar[list[int]] = [0]
-
-    def weight(self, held: nn.Parameter) -> nn.Parameter:
-        self.count[0] += 1
-        return nn.Parameter(held.detach() * (1 + self.count[0] * 2.3e-16), held.requires_grad)
-
-
 class NeverDone(ExplicitPadding):
     """Says that it is idempotent, and goes on and on."""
 
@@ -213,6 +202,17 @@ class Rescaled(ExplicitPadding):
         for item in super().sites(program):
             if isinstance(item, Skip) or not (program.tied_to(item.node, tied) or len(calls[id(item.layer)]) > 1):
                 yield item
+
+
+class NeverTheSame(Rescaled):
+    """Differs by rounding, from run to run."""
+
+    name: ClassVar[str] = "never-the-same"
+    count: ClassVar[list[int]] = [0]
+
+    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+        self.count[0] += 1
+        return super().norm(weight) * (1 + 0.1 * self.count[0])
 
 
 class DeadFilter(Rescaled):

@@ -43,7 +43,7 @@ def test_a_right_pass_is_held_for_as_many_rounds_as_wanted(tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.py"))
 
 
-def test_a_wrong_pass_is_told_with_the_file_that_shows_it(tmp_path: Path) -> None:
+def test_a_wrong_pass_is_told_with_the_file_that_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, printed = run([OneSide(), ExplicitPadding()], tmp_path)
     assert not held
     assert "one-side breaks 'same_function' (seed " in printed
@@ -52,9 +52,10 @@ def test_a_wrong_pass_is_told_with_the_file_that_shows_it(tmp_path: Path) -> Non
     shown = subprocess.run([sys.executable, tmp_path / "one-side.py"], capture_output=True, text=True)
     assert shown.returncode == 1
     assert "allowed is 1e-12" in shown.stdout
+    monkeypatch.setattr(fuzz, "ROUND", 1)
     again, printed = run([OneSide()], tmp_path)
     assert not again
-    assert "      0 networks" in printed
+    assert printed.endswith("BROKEN  one-side\n")
 
 
 @pytest.mark.parametrize(("kind", "code"), [("ExplicitPadding", 0), ("OneSide", 1)])
@@ -66,18 +67,8 @@ def test_the_exit_code_says_whether_all_held(kind: str, code: int, tmp_path: Pat
     (package / "entry_points.txt").write_text(f"[fxcompile.passes]\n{name_of(kind)} = explicit_padding:{kind}\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])}
     keep = tmp_path / "keep"
-    command = [
-        sys.executable,
-        fuzz.__file__,
-        "--examples",
-        "1",
-        "--seed",
-        "1",
-        "--keep",
-        keep,
-        "--passes",
-        name_of(kind),
-    ]
+    options = ["--examples", "40", "--seed", "1", "--keep", keep, "--passes", name_of(kind)]
+    command = [sys.executable, fuzz.__file__, *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == code, done.stderr
     assert ("held" if code == 0 else "BROKEN") in done.stdout

@@ -113,6 +113,25 @@ def test_of_the_candidates_the_nearest_is_taken(program: Program, calibrated: bo
     assert site.after.macs == site.before.macs
 
 
+class Halved(Lossy):
+    """Its weights must stay what it makes of them."""
+
+    name: ClassVar = "halved"
+    refit: ClassVar = False
+
+
+@pytest.mark.parametrize(("kind", "solved"), [(Lossy, True), (Halved, False)])
+def test_the_last_layer_is_solved_for_unless_the_pass_says_no(
+    program: Program, kind: type[Lossy], solved: bool
+) -> None:
+    data = torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+    result = PassManager([kind(factor=0.5)], calibration=data).run(program)
+    (_, site) = result.record.passes[0].sites
+    weight, wanted = (item.module.get_submodule(site.name).weight for item in (result.program, program))
+    assert torch.equal(weight, wanted / 2) == (not solved)
+    assert site.error < 0.02 if solved else site.error > 0.4
+
+
 def test_candidates_that_save_too_little_are_none(program: Program) -> None:
     (_, site) = PassManager([Choosing(min_saving=0.5)]).run(program).record.passes[0].sites
     assert (site.outcome, site.reason, site.after.macs) == ("kept", "", site.before.macs // 9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -273,6 +273,45 @@ def test_failures_are_kept_and_tried_first(tmp_path: Path) -> None:
     assert any(tmp_path.rglob("*"))
     failure = broken(passes.OneSide(), seed=None, examples=1, database=tmp_path)
     assert failure.promise == "same_function"
+
+
+@pytest.mark.usefixtures("random_draws")
+def test_a_seed_does_not_take_the_kept_failures_away(tmp_path: Path) -> None:
+    with pytest.raises(PassFailure):
+        check_pass(passes.OneSide(), examples=300, seed=4, onnx_examples=0, database=str(tmp_path))
+    assert any(tmp_path.rglob("*"))
+    assert broken(passes.OneSide(), seed=77, examples=1, database=tmp_path).promise == "same_function"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: check_pass(ExplicitPadding(), examples=0), "examples is 0, and nothing would be checked"),
+        (lambda: check_pass(ExplicitPadding), r"is no pass; write ExplicitPadding\(\)"),
+        (lambda: check_pass("fold-batchnorm"), "'fold-batchnorm' is no pass; give an instance"),
+        (lambda: check_pipeline(ExplicitPadding(), examples=-1), "examples is -1"),
+        (lambda: Recipe((Step("convolutoin"),)), "no step 'convolutoin' .* did you mean 'convolution'"),
+    ],
+)
+def test_what_cannot_be_checked_is_said_in_a_sentence(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        call()
+
+
+class LargeKernel(ExplicitPadding):
+    """Its sites have a kernel of 7."""
+
+    name: ClassVar[str] = "large-kernel"
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        for item in super().sites(program):
+            if isinstance(item, Site) and max(item.layer.kernel_size) == 7:
+                yield item
+
+
+def test_few_sites_are_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"only [1-9] of 100 networks had a site, so little was checked"):
+        check_pass(LargeKernel(), examples=100, seed=0, networks=networks(), onnx_examples=0)
 
 
 def test_long_pipelines_have_short_names_of_their_own() -> None:

@@ -64,19 +64,28 @@ def targets(passes: Sequence[Pass], pipelines: bool, keep: Path) -> list[Target]
     return [*made, Target("pipelines", together)] if pipelines or len(passes) > 1 else made
 
 
-def fuzz(found: Sequence[Target], until: Callable[[Target], bool], seed: int, keep: Path, console: Console) -> bool:
+def fuzz(
+    found: Sequence[Target],
+    until: Callable[[Target], bool],
+    seed: int,
+    keep: Path,
+    console: Console,
+    size: int | None = None,
+) -> bool:
     """Rounds of all targets in turn, until each is done; whether none was broken.
 
     Args:
         until: whether a target is done; it is asked before each round.
         seed: of the first round; the next one's is one more.
+        size: networks in one round, `ROUND` by default.
     """
+    size = size or ROUND
     while left := [target for target in found if not target.broken and not target.rare and not until(target)]:
         for target in left:
             if until(target):
                 continue
             try:
-                summary = target.check(ROUND, seed)
+                summary = target.check(size, seed)
                 target.networks += summary.networks
                 target.with_sites += summary.with_sites
                 target.seconds += summary.seconds
@@ -90,12 +99,8 @@ def fuzz(found: Sequence[Target], until: Callable[[Target], bool], seed: int, ke
     for target in found:
         rate = target.networks / target.seconds if target.seconds else 0.0
         state = "BROKEN" if target.broken else "rare" if target.rare else "held"
-        console.print(
-            f"{state:6}  {target.networks:7,} networks, {target.with_sites:,} with sites, {rate:5.1f} a second: "
-            f"{target.name}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        looked = f"{target.networks:7,} networks, {target.with_sites:,} with sites, {rate:5.1f} a second: "
+        console.print(f"{state:6}  {'' if target.broken else looked}{target.name}", soft_wrap=True, highlight=False)
     return not any(target.broken for target in found)
 
 
@@ -111,10 +116,18 @@ def report(target: Target, failure: PassFailure, seed: int, keep: Path, console:
     )
 
 
+def positive(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tools/fuzz", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--examples", type=int)
+    parser.add_argument("--minutes", type=positive, default=10.0)
+    parser.add_argument("--examples", type=lambda text: int(positive(text)))
     parser.add_argument("--passes")
     parser.add_argument("--pipelines", action="store_true")
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -135,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def done(target: Target) -> bool:
         return time.monotonic() >= deadline if options.examples is None else target.networks >= options.examples
 
-    held = fuzz(targets(named, options.pipelines, options.keep), done, options.seed, options.keep, console)
+    found, size = targets(named, options.pipelines, options.keep), min(ROUND, options.examples or ROUND)
+    held = fuzz(found, done, options.seed, options.keep, console, size)
     sys.exit(0 if held else 1)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 
 import hypothesis
@@ -20,7 +22,7 @@ from fxcompile.errors import UsageError
 from fxcompile.rewriting import Pass
 from fxcompile.testing import promises, structure
 from fxcompile.testing.failing import PassFailure, Promise, failure_of
-from fxcompile.testing.growing import MOST_STEPS, Recipe, grow
+from fxcompile.testing.growing import MOST_RECIPES, MOST_STEPS, Recipe, grow
 from fxcompile.testing.learning import learn, reason_of
 from fxcompile.testing.limits import accepted_outside, inside
 from fxcompile.testing.network import Network
@@ -88,7 +90,7 @@ def check_pass(
     networks: st.SearchStrategy[Network] | None = None,
     sites: Sequence[Recipe] = (),
     exact: bool = False,
-    database: Path | None = None,
+    database: Path | str | None = None,
 ) -> Summary:
     """Try to break a pass: hold it to its contract on drawn networks and inputs.
 
@@ -113,7 +115,10 @@ def check_pass(
     Raises:
         PassFailure: an AssertionError with the smallest network and input found, and a file that reproduces it.
         NothingChecked: an AssertionError, too: of 20 networks or more, none had a site.
+        UsageError: what is given is no pass, or there is no such kind of step, or fewer than one example.
     """
+    __tracebackhide__ = True
+    usable([pass_], examples)
     taken = accepted_outside(pass_)
     if taken is not None:
         raise PassFailure("options", taken, None, "", f"{pass_.name} takes {taken}, which is outside of its limits")
@@ -125,7 +130,7 @@ def check_pass(
 
     examples = hypothesis.settings().max_examples if examples is None else examples
     check = Check(passes, [pass_], exact)
-    recipes = [] if networks is not None else [*sites, *learn([pass_])]
+    recipes = [] if networks is not None else mixed(sites, learn([pass_]))
     summary = check.run(networks, recipes, examples, seed, database)
     check.export(onnx_examples)
     return summary
@@ -138,7 +143,7 @@ def check_pipeline(
     seed: int | None = None,
     networks: st.SearchStrategy[Network] | None = None,
     sites: Sequence[Recipe] = (),
-    database: Path | None = None,
+    database: Path | str | None = None,
 ) -> Summary:
     """Hold random orders and subsets of passes to their contracts together, with the options that they were given.
 
@@ -146,18 +151,38 @@ def check_pipeline(
     `only` and `skip`, idempotence, the file in ONNX Runtime.
 
     Raises:
-        UsageError: there are no passes.
+        UsageError: there are no passes, or what is given is none.
     """
-    if not passes:
-        raise UsageError("check_pipeline was given no passes")
+    __tracebackhide__ = True
+    passes = [passes] if isinstance(passes, Pass) else list(passes)
+    usable(passes, examples)
 
     def order(tape: Tape) -> tuple[tuple[Pass, ...], bool]:
         count = 1 + tape.below(len(passes) + 1)
         return tuple(passes[tape.below(len(passes))] for _ in range(count)), False
 
     examples = hypothesis.settings().max_examples if examples is None else examples
-    recipes = [] if networks is not None else [*sites, *learn(passes)]
+    recipes = [] if networks is not None else mixed(sites, learn(passes))
     return Check(order, passes).run(networks, recipes, examples, seed, database)
+
+
+def usable(passes: Sequence[object], examples: int | None) -> None:
+    """Raises `UsageError` where there is nothing to check."""
+    if not passes:
+        raise UsageError("there are no passes to check")
+    for pass_ in passes:
+        if not isinstance(pass_, Pass):
+            mend = f"write {pass_.__name__}()" if isinstance(pass_, type) else "give an instance, as FoldBatchNorm()"
+            raise UsageError(f"{pass_!r} is no pass", mend=mend)
+    if examples is not None and examples < 1:
+        raise UsageError(f"examples is {examples}, and nothing would be checked", mend="give at least 1")
+
+
+def mixed(given: Sequence[Recipe], learnt: Sequence[Recipe]) -> list[Recipe]:
+    """Recipes of which every other one is given, where there are any: they would be rare among all that was learnt."""
+    if not given or not learnt:
+        return [*given, *learnt]
+    return [recipe for pair in zip(cycle(given), learnt[: MOST_RECIPES // 2]) for recipe in pair]
 
 
 def file_name(text: str) -> str:
@@ -176,6 +201,9 @@ class NothingChecked(AssertionError):
 
 FEWEST = 20
 """Networks of which one at least must have a site."""
+
+FEW, MANY = 10, 100
+"""Of so many networks, fewer with sites say little: that is a warning."""
 
 
 class Check:
@@ -204,7 +232,7 @@ class Check:
         recipes: Sequence[Recipe],
         examples: int,
         seed: int | None,
-        database: Path | None,
+        database: Path | str | None,
     ) -> Summary:
         """Draw, check, shrink.
 
@@ -212,6 +240,7 @@ class Check:
             PassFailure: a promise is broken.
             NothingChecked: no network had a site.
         """
+        __tracebackhide__ = True
         if networks is not None:
             drawn = st.builds(self._sample, networks, tapes(1))
         else:
@@ -222,6 +251,12 @@ class Check:
         if broken is not None:
             sample, evidence = broken if networks is not None else self._shrunk(*broken)
             raise self._failure(sample, evidence)
+        if self.summary.with_sites < FEW and examples >= MANY:
+            warnings.warn(
+                f"only {self.summary.with_sites} of {self.summary.networks} networks had a site, so little was "
+                "checked: say what makes one with sites=[...], or draw networks that have one with networks=...",
+                stacklevel=3,
+            )
         if not self.summary.with_sites and examples >= FEWEST:
             names = " or ".join(pass_.name for pass_ in self.usual)
             raise NothingChecked(
@@ -239,11 +274,11 @@ class Check:
         passes, at_limit = self.passes(tape)
         return Sample(network, chosen, turn, passes, at_limit, samples, site)
 
-    def _database(self, folder: Path | None) -> ExampleDatabase | None:
+    def _database(self, folder: Path | str | None) -> ExampleDatabase | None:
         """What failed is kept for each check apart: with one key for all, each would drop what breaks another."""
         if folder is None or hypothesis.settings.default is None or hypothesis.settings.default.derandomize:
             return None
-        return DirectoryBasedExampleDatabase(folder / file_name(", ".join(map(str, self.usual))))
+        return DirectoryBasedExampleDatabase(Path(folder) / file_name(", ".join(map(str, self.usual))))
 
     def _shrunk(self, sample: Sample, evidence: str) -> tuple[Sample, str]:
         """The smallest sample, and the fewest passes, that break the promise in focus."""

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fxcompile.errors import UsageError, did_you_mean
 from fxcompile.testing import composites, elementwise, norms, rearranging, resampling
 from fxcompile.testing.blocks import BLOCKS
 from fxcompile.testing.drafting import CHOICES, Draft, Picker, Value
@@ -22,10 +23,20 @@ class Recipe:
 
     Attributes:
         dims: how many axes the maps must have, 1 to 3, or None where any do.
+
+    Raises:
+        UsageError: there is no such kind of step.
     """
 
     steps: tuple[Step, ...]
     dims: int | None = None
+
+    def __post_init__(self) -> None:
+        for step in self.steps:
+            if step.kind not in BLOCKS:
+                raise UsageError(
+                    f"there is no step '{step.kind}' in the networks of the kit", mend=did_you_mean(step.kind, BLOCKS)
+                )
 
     def with_step(self, index: int, step: Step) -> Recipe:
         """The recipe with another step in the place of one."""
@@ -84,6 +95,9 @@ BETWEEN = len(BLOCKS) // 2
 
 HABIT = 2
 """One step out of so many is of any kind, not of one that usually follows."""
+
+MOST_RECIPES = CHOICES - ANYTHING
+"""So many can be told apart by a choice."""
 
 EMPTY = 5
 """Two of so many steps are left out."""
@@ -199,7 +213,7 @@ class Planted:
             write(d, Step(COMPANIONS[at % len(COMPANIONS)]))
             return
         elif self.recipes and at >= ANYTHING:
-            self.start(self.recipes[(at - ANYTHING) * len(self.recipes) // (CHOICES - ANYTHING)], d.picker)
+            self.start(self.recipes[(at - ANYTHING) * len(self.recipes) // MOST_RECIPES], d.picker)
             self.follow(d)
             return
         usual = USUAL.get(d.steps[-1].kind, ()) if d.picker.below(self.habit) else ()
@@ -244,7 +258,10 @@ def finish(d: Draft, step: Step) -> Network:
     output = {"last": last.name, "dict": _mapping(ends), "nested": f"[{ends[0].name}, ({_names(ends)},)]"}.get(
         form, ends[0].name if len(ends) == 1 else f"({_names(ends)})"
     )
-    return d.finish(output, seed=d.pick("seed", range(20)), sequential=d.pick("sequential", [False, False, True]))
+    seed, sequential = d.pick("seed", range(20)), d.pick("sequential", [False, False, True])
+    if d.pick("frozen", [False] * 11 + [True]):
+        d.extras.append("self.requires_grad_(False)")
+    return d.finish(output, seed=seed, sequential=sequential)
 
 
 def _names(values: Sequence[Value]) -> str:

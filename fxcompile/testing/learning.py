@@ -21,18 +21,17 @@ from fxcompile.errors import FxcompileError
 from fxcompile.program import Program
 from fxcompile.raw_nodes import PLACE
 from fxcompile.rewriting import Pass, Site
-from fxcompile.testing.drafting import CHOICES
 from fxcompile.testing.elementwise import ACTIVATIONS
-from fxcompile.testing.growing import ANY, ANYTHING, RandomPicker, Recipe, grow
+from fxcompile.testing.growing import ANY, HABIT, MOST_RECIPES, RandomPicker, Recipe, grow
 from fxcompile.testing.loosening import alone, loosened
 from fxcompile.testing.network import FILENAME, Network, Step
 from fxcompile.testing.shrinking import COMPOSITES
 from fxcompile.tracing import trace
 
 PLAIN = 80
-"""Plain networks to look at; more, up to `MOST`, while nothing was found."""
+"""Plain networks to look at; more, up to `MOST` and with more that is unusual, while nothing was found."""
 
-MOST = 120
+MOST = 400
 
 PLANTED = 30
 """Networks with what was found in plain ones to look at; more, up to `MOST_PLANTED`, while that was no site."""
@@ -83,7 +82,7 @@ def _learnt(passes: tuple[Pass, ...]) -> tuple[Recipe, ...]:
     for index in range(MOST):
         if index >= PLAIN and (lessons.sites or lessons.skips):
             break
-        lessons.note(plain(index))
+        lessons.note(plain(index, LEARNING if index < PLAIN else HABIT))
     lessons.loosen()
     left = PLANTED
     for index in range(MOST_PLANTED if lessons.skips else PLANTED):
@@ -144,7 +143,7 @@ class Lessons:
         Every other recipe of a group is the loosened one.
         """
         sites, skips = self.turns(self.sites), self.turns(self.skips)
-        rounds = min(max(-(-len(sites) // 2), len(skips)), (CHOICES - ANYTHING) // 3)
+        rounds = min(max(-(-len(sites) // 2), len(skips)), MOST_RECIPES // 3)
         made: list[Recipe] = []
         for index in range(rounds):
             made += [sites[(2 * index + turn) % len(sites)] for turn in (0, 1) if sites]
@@ -195,9 +194,9 @@ def reactivated(recipe: Recipe, inputs: Step) -> list[tuple[Recipe, Step]]:
 
 
 @lru_cache(MOST)
-def plain(index: int) -> tuple[Network, Program] | None:
-    """The plain network of a number, traced; None where it cannot be."""
-    return traced(grow(RandomPicker(index), (), LONG, LEARNING))
+def plain(index: int, habit: int) -> tuple[Network, Program] | None:
+    """The plain network of a number and habit, traced; None where it cannot be."""
+    return traced(grow(RandomPicker(index), (), LONG, habit))
 
 
 def traced(network: Network) -> tuple[Network, Program] | None:

@@ -66,8 +66,10 @@ def fill(model: nn.Module, seed: int, odd: Mapping[str, str]) -> nn.Module:
 class Step:
     """What a network was grown by: a kind of block, what was chosen for it, and the steps whose values it takes.
 
+    `network.steps` of a drawn network that has what you want shows how it is said.
+
     Attributes:
-        kind: a name of `blocks.BLOCKS`, or "inputs" for the first step and "output" for the last.
+        kind: a name of `fxcompile.testing.blocks.BLOCKS`, or "inputs" for the first step and "output" for the last.
         choices: the options of the block that were chosen, by name.
         sources: for each value or layer it takes, the index of the step which made it, and which of that step's
             values it is; -1, -2 and so on for its layers.
@@ -81,7 +83,7 @@ class Step:
         return dict(self.choices).get(name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Network:
     """A drawn network; equal ones are the same down to the last bit.
 
@@ -135,6 +137,9 @@ class Network:
         """The example inputs: normal random numbers from the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _, shape in self.inputs)
+
+    def __repr__(self) -> str:
+        return f"\n{self}\n"  # Hypothesis prints what it found by this
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{name}: {list(shape)}" for name, shape in self.inputs)

@@ -13,6 +13,7 @@ from fxcompile.contracts import Exact
 from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS
 from fxcompile.program import Program, dtype_of, shape_of
 from fxcompile.rewriting import Pass, Site
+from fxcompile.testing import Recipe, Step
 
 from .common import alone, like, rows
 
@@ -129,6 +130,8 @@ class OneActivationLess(Pass):
 
     name: ClassVar = "gallery-one-activation-less"
     contract: ClassVar = Exact()
+
+    planted: ClassVar = (Recipe((Step("activation"), Step("activation", (), ((0, 0),)))),)
 
     before: ClassVar[tuple[type[nn.Module], ...]] = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Softplus)
     after: ClassVar[tuple[type[nn.Module], ...]] = (nn.ReLU,)
