@@ -13,7 +13,7 @@ from fxcompile.cost import samples
 from fxcompile.program import Program
 from fxcompile.progress import Progress
 from fxcompile.rewriting import Pass, Site
-from fxcompile.sitedata import full_batches, synthetic_batch
+from fxcompile.sitedata import full_batches, limited, synthetic_batch
 from fxcompile.walking import MEMORY, Walk, live_bytes
 
 
@@ -48,7 +48,7 @@ class Planning:
             return [synthetic_batch(self.program, self.seed)]
         per_sample = max(live_bytes(self.program) // samples(self.program), 1)
         fit, _ = self.data.split(seed=self.seed)
-        return full_batches(fit.limit(max(8, MEMORY // (2 * per_sample))), self.program)
+        return full_batches(limited(fit, max(8, MEMORY // (2 * per_sample)), self.program), self.program)
 
     def outputs(self, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
         """The program's flat outputs on some batches."""

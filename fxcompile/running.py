@@ -29,7 +29,7 @@ from fxcompile.progress import Progress
 from fxcompile.report import PassReport, Report, SiteReport
 from fxcompile.rewriting import Pass, Replacement, Site, Skip
 from fxcompile.rounding import Seen, compare_noisy
-from fxcompile.sitedata import SiteData, full_batches, synthetic_batch
+from fxcompile.sitedata import SiteData, full_batches, limited, synthetic_batch
 from fxcompile.splice import Fragment, Splicer, finish, fragment_of
 from fxcompile.timing import Stopwatch
 
@@ -146,6 +146,8 @@ class Run:
             report.outcome, report.reason = "rolled back", str(rolled_back)
         except FitError as error:
             report.reason = f"it could not be fitted: {error.problem}"
+        if report.outcome != "kept":
+            report.after = report.before
         report.seconds = time.perf_counter() - started
         return report
 
@@ -279,7 +281,7 @@ class Run:
         """
         if self.data is not None:
             _, held = self.data.split(seed=self.seed)
-            held = held.limit(256)
+            held = limited(held, 256, self.program)
             batches = full_batches(held, self.program)
             what = f"{len(held)} held-out calibration samples"
         else:

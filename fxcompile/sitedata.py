@@ -60,7 +60,7 @@ class SiteData:
             fit, held = data.split(seed=seed)
             per_sample = max((live_bytes(program) + live_bytes(original)) // samples(program), 1)
             most = max(8, MEMORY // per_sample)
-            fit, held = fit.limit(max(most * 3 // 4, 1)), held.limit(max(most // 4, 1))
+            fit, held = limited(fit, most * 3 // 4, program), limited(held, most // 4, program)
             if len(fit) + len(held) < len(data):
                 note = (
                     f"fitted on {len(fit)} and measured on {len(held)} of {len(data)} calibration samples, "
@@ -149,6 +149,17 @@ def later_calls(site: Site, calls: dict[int, list[fx.Node]], features: dict[str,
     return [features[name] for node in nodes if (name := node.meta.get(FEATURE)) in features]
 
 
+def limited(data: Calibration, samples: int, program: Program) -> Calibration:
+    """At most so many samples, but one batch at least where the program takes no smaller one."""
+    return data.limit(max(samples, 1 if program.batch_is_free else fixed_batch(program)))
+
+
+def fixed_batch(program: Program) -> int:
+    """Samples in a batch of a program whose batch is not free."""
+    shape = program.inputs[0].shape
+    return shape[0] if shape else 1
+
+
 def full_batches(data: Calibration, program: Program, size: int = 32) -> list[tuple[Tensor, ...]]:
     """Calibration data in batches that the program takes: of at most `size` samples, or of the only size it knows.
 
@@ -157,8 +168,7 @@ def full_batches(data: Calibration, program: Program, size: int = 32) -> list[tu
     """
     if program.batch_is_free:
         return list(data.batches(size))
-    shape = program.inputs[0].shape
-    size = shape[0] if shape else 1
+    shape, size = program.inputs[0].shape, fixed_batch(program)
     whole = [batch for batch in data.batches(size) if not shape or batch[0].shape[0] == size]
     if not whole:
         raise CalibrationError(

@@ -14,7 +14,7 @@ from fxcompile.distance import Distance
 from fxcompile.errors import CalibrationError
 from fxcompile.program import Program, output_node
 from fxcompile.rounding import NOISE, run_double, run_noisy
-from fxcompile.sitedata import full_batches, synthetic_batch
+from fxcompile.sitedata import full_batches, limited, synthetic_batch
 from fxcompile.walking import MEMORY, live_bytes, node_bytes
 
 FLIPS = 1e-4
@@ -106,7 +106,7 @@ def held_out(data: Calibration, program: Program, samples: int, seed: int) -> Ya
     _, held = data.split(seed=seed)
     of_batch = sum(map(node_bytes, output_node(program.graph).all_input_nodes))
     most = MEMORY * count_samples(program) // max(4 * of_batch, 1)
-    batches = batches_of(held.limit(max(min(samples, most), 1)), program)
+    batches = batches_of(limited(held, max(min(samples, most), 1), program), program)
     return Yardstick(program, batches, f"{_count(batches)} held-out calibration samples")
 
 

@@ -319,6 +319,30 @@ def test_max_error_and_min_saving_leave_sites(program: Program) -> None:
     assert report.sites[1].reason == "it would save 0% of its MACs, below min_saving=0.1"
 
 
+class Thin(Scale):
+    """The middle tap alone, which saves, and is wrong."""
+
+    name: ClassVar = "thin"
+
+    def rewrite(self, site: Site) -> Replacement:
+        return [thinned(site.layer)]
+
+
+class Thinner(Thin):
+    """The same, which says that it is approximate."""
+
+    name: ClassVar = "thinner"
+    contract: ClassVar = Approximate()
+
+
+@pytest.mark.parametrize("pass_", [Thin(), Thinner(max_error=1e-3), Thinner(min_saving=0.95)], ids=str)
+def test_a_site_that_is_not_kept_costs_what_it_did(program: Program, pass_: Pass) -> None:
+    (_, site) = PassManager([pass_], verify="rollback").run(program).record.passes[0].sites
+    assert site.outcome == ("rolled back" if type(pass_) is Thin else "left")
+    assert site.before.macs > 0
+    assert site.after == site.before
+
+
 def test_fitting_finds_the_original_again(program: Program) -> None:
     data = torch.randn(64, 3, 10, 10)
     result = PassManager([Lossy(factor=0.5)], calibration=data).run(program)

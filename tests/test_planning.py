@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
+import pytest
 import torch
 from helpers import Net, conv, randn
 from torch import nn
@@ -74,6 +75,13 @@ def test_batches_are_what_is_fitted_to_and_else_random() -> None:
     (found,) = planning.outputs(planning.batches[:1])
     assert torch.equal(found[0], program.outputs(*planning.batches[0])[0])
     assert [batch[0].shape for batch in planning_of(program).batches] == [(2, 4, 9, 9)]
+
+
+def test_a_fixed_batch_is_looked_at_whole_however_little_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxcompile.planning.MEMORY", 1)
+    program = trace(Net(lambda m, x: m.first(x).reshape(8, -1), first=conv(4, 4, 3, 3)), randn(16, 4, 9, 9))
+    assert not program.batch_is_free
+    assert [batch[0].shape for batch in planning_of(program, randn(80, 4, 9, 9)).batches] == [(16, 4, 9, 9)]
 
 
 def test_a_fork_over_the_first_batches_gives_what_those_give() -> None:

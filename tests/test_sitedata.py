@@ -201,6 +201,16 @@ def test_a_fixed_batch_needs_whole_batches() -> None:
         data_of(program, randn(8, 2, 8, 8), [site])
 
 
+def test_a_fixed_batch_is_kept_whole_however_little_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxcompile.sitedata.MEMORY", 1)
+    model = Net(lambda net, x: net.a(x).reshape(4, -1), a=nn.Conv2d(2, 4, 3)).eval()
+    program = trace(model, randn(4, 2, 8, 8))
+    site = Site.of(program, next(node for node, _ in program.layers(nn.Conv2d)))
+    data = data_of(program, randn(80, 2, 8, 8), [site])
+    assert [len(given) for given, _ in data.fit_pairs(site)] == [4]
+    assert [len(given) for given, _ in data.held_pairs(site)] == [4]
+
+
 def test_no_sample_is_both_fitted_to_and_measured_on() -> None:
     program, x = traced(), randn(37, 2, 8, 8, seed=1)
     site = Site.of(program, next(node for node, _ in program.layers(nn.Conv2d)))
