@@ -1,8 +1,9 @@
 """The mathematics of `group-shuffle(style=permuted)`: which channels stand together in a grouped convolution.
 
 Channels are given to groups so that as much as can be of an energy E [O, C], what is between each output and each
-input, falls within the groups. Given the groups of the inputs, what each output gains in each group is known, and the
-best equal shares are an assignment problem; so are those of the inputs, given the outputs. The two take turns.
+input, falls within the groups. Given the groups of the inputs, what each output gains in each group is known, and to
+share the outputs out equally is an assignment problem, as it is for the inputs, given the outputs. The two take turns.
+Of exchanges only those of a pair between two groups are done, as long as they gain: none of three or more is tried.
 
 Weights are split by the groups that the layer has, W [G, O, F] with F = C * taps, in float64; those of the grouped
 convolution are [G, groups, O/groups, F/groups].

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, linalg
 
 from fxcompile.chains import PatchMap
+from fxcompile.layer_stats import check_finite
 from fxcompile.layers import is_finite
 
 from ._stack_algebra import cut, split
@@ -162,9 +163,9 @@ def _coordinates(stages: list[Tensor], moments: Tensor, grid: Sequence[int]) -> 
         outward = _design(crop(after, extent), x.shape[3:]).unflatten(2, (after.shape[2], -1))
         hessian = (outward @ between_taps[:, None]).flatten(2) @ outward.flatten(2).mT
         trace = between_taps.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        found.append(
-            (cholesky_factor(hessian, _DAMPING), cholesky_factor(between_channels / trace, _DAMPING), tuple(x.shape))
-        )
+        same = torch.eye(x.shape[2], dtype=x.dtype, device=x.device)  # for a group whose chain up to here is all zero
+        between_channels = torch.where(trace > 0, between_channels / trace.clamp_min(1e-300), same)
+        found.append((cholesky_factor(hessian, _DAMPING), cholesky_factor(between_channels, _DAMPING), tuple(x.shape)))
     return found
 
 
@@ -205,7 +206,12 @@ def _design(kernel: Tensor, reach: Sequence[int]) -> Tensor:
 
 
 def cholesky_factor(gram: Tensor, damping: float) -> Tensor:
-    """Cholesky factor of `gram` [g, n, n], semidefinite, with `damping` of its mean diagonal added, or more."""
+    """Cholesky factor of `gram` [g, n, n], semidefinite, with `damping` of its mean diagonal added, or more.
+
+    Raises:
+        FitError: a number is NaN or infinite.
+    """
+    check_finite(gram, "second moments")
     level = gram.diagonal(dim1=1, dim2=2).mean(1)
     while True:
         factor: Tensor

@@ -453,13 +453,19 @@ def test_what_is_frozen_stays_frozen(weight: bool) -> None:
 
 
 @pytest.mark.parametrize("data", [False, True])
-def test_a_weight_of_zeros_stays_zero(data: bool) -> None:
-    layer, x = smooth_conv(8, 8), images(40, 8, 10, 10)
-    layer.weight.data.zero_()
-    result = compiled(layer, StackKernels(rank=0.5), x, x if data else None)
+@pytest.mark.parametrize("kernel", [5, 7])
+@pytest.mark.parametrize(("groups", "dead"), [(1, 8), (2, 4), (8, 1)])
+def test_a_weight_of_zeros_stays_zero(data: bool, kernel: int, groups: int, dead: int) -> None:
+    """All of it, one group of it, or a filter of a depthwise layer; and the others are fitted as ever."""
+    layer, x = conv(8, 8, kernel, kernel, padding=kernel // 2, groups=groups), images(40, 8, 10, 10)
+    layer.weight.data[:dead].zero_()
+    pass_ = StackKernels(rank=2 * groups, min_saving=None)
+    result = compiled(layer, pass_, x, x if data else None)
     assert only_site(result).outcome == "kept"
     with torch.no_grad():
-        assert float((result.module(x) - layer(x)).abs().max()) < 1e-12
+        lacks = (result.module(x) - layer(x)).abs()
+        assert float(lacks[:, :dead].max()) < 1e-12
+        assert dead == 8 or relative(result.module(x)[:, dead:], layer(x)[:, dead:]) < 0.9
 
 
 @pytest.mark.parametrize("data", [False, True])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fxcompile.passes import _stack_fitting as fitting
+from fxcompile.passes import _stack_refining as refining
 from fxcompile.passes._relus import relu_shift, with_relus
 from fxcompile.passes._stacking import (
     amplification,
@@ -27,6 +28,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fxcompile.errors import FitError
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 KERNELS = [(5,), (7,), (5, 5), (7, 7), (5, 7), (7, 3), (5, 3), (1, 5), (5, 5, 5), (5, 3, 1)]
@@ -411,6 +414,26 @@ def test_steps_towards_an_inner_stage_are_those_of_conjugate_gradients() -> None
         lowest = reached
     left_over = gradient - image(fitting._gradient_steps(outer, inner, gradient, torch.Size(grid), ridge, 60))
     assert float(left_over.norm() / gradient.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_matrix_that_is_not_finite_has_no_factor(value: float) -> None:
+    gram = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    gram[1, 2, 2] = value
+    with pytest.raises(FitError, match="1 of 18 second moments are NaN or infinite"):
+        refining.cholesky_factor(gram, 1e-10)
+
+
+@pytest.mark.parametrize("damping", [1e-10, 1e-2])
+def test_the_factor_is_that_of_the_damped_matrix(damping: float) -> None:
+    """Of full rank, of less, and of all zeros, where the factor is next to nothing."""
+    rows = randn(3, 4, 6)
+    rows[1, :, 2:], rows[2] = 0, 0
+    gram = rows @ rows.mT
+    factor = refining.cholesky_factor(gram, damping)
+    level = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+    wanted = gram + torch.diag_embed(level[:, None].expand(3, 4))
+    torch.testing.assert_close(factor @ factor.mT, wanted, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-2])
