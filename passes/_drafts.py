@@ -36,11 +36,15 @@ DRAFTS, STEPS = (6, 2), 5
 LONG = 5e8
 """Multiply-accumulates of a product of weight and Gram matrix from which on a draft takes long."""
 
-PILOT, HOPELESS, WORTH, NOTHING = 0.4, 8, 2.5, 1e-12
+PILOT, HOPELESS, WORTH, NOTHING, CLIFF = 0.4, 8, 2.5, 1e-12, 1e4
 """The share that each pass is drafted at first. What has more than so many times the least squared error there takes no
 joint steps; what has after them more than so many times that of another that costs no more, this part of the outputs
-aside, is not drafted any further.
+aside, is not drafted any further. Squared errors below this part are rounding; two that differ by more than this factor
+have between them a share from which on a form is exact, and say nothing of each other.
 """
+
+TINY = 1e-300
+"""What stands for no error at all in logarithms and ratios."""
 
 PROBES = 1
 """Batches on which is measured how much a layer matters."""
@@ -73,7 +77,8 @@ class Prospect:
     Attributes:
         curves: for each style that serves it, options in the order of their shares.
         size: the mean over rows of the squared outputs of the layer: what errors are a share of.
-        weight: by how much the squared error of the network's outputs grows with that of the layer's.
+        weight: by how much the squared error of the network's outputs grows with that of the layer's: as measured at
+            its first call, times the number of calls, whose errors are taken to be independent.
         reason: why there are no options.
     """
 
@@ -93,7 +98,7 @@ def prospects(planning: Planning, name: str, sites: Sequence[tuple[Site, Sequenc
     """
     walk, found = planning.walk(), []
     probes = planning.batches[:PROBES]
-    wanted = planning.outputs(probes)
+    wanted, calls = planning.outputs(probes), planning.program.calls()
     for index, (site, styles) in enumerate(sites):
         planning.progress(name, index, len(sites))
         xs = list(walk.values_of(site.node.all_input_nodes[0]))
@@ -108,14 +113,18 @@ def prospects(planning: Planning, name: str, sites: Sequence[tuple[Site, Sequenc
             pilots = flown([Pilot.of(choices, sight) for style in styles if (choices := distinct(style, site))], sight)
             if not pilots:
                 continue
-            best = min(pilots, key=lambda pilot: pilot.error)
-            prospect.curves = [draw_curve(pilot, sight) for pilot in worthy(pilots, NOTHING * prospect.size)]
+            nothing = NOTHING * prospect.size
+            prospect.curves = [draw_curve(pilot, sight, prospect.size) for pilot in worthy(pilots, nothing)]
         except FitError as unfit:
             prospect.reason = f"it could not be fitted: {unfit.problem}"
             continue
-        changed = sight.outputs_of(best.draft.weight, xs[: len(probes)])
-        change = distance_between(walk.fork(site.node, changed).outputs(), wanted)
-        prospect.weight = importance(change, best.error, prospect.size)
+        change = error = math.nan
+        lossy = [pilot for pilot in pilots if pilot.error > nothing]  # what others change is rounding
+        if lossy:
+            best = min(lossy, key=lambda pilot: pilot.error)
+            changed = sight.outputs_of(best.draft.weight, xs[: len(probes)])
+            change, error = distance_between(walk.fork(site.node, changed).outputs(), wanted), best.error
+        prospect.weight = len(calls[id(site.layer)]) * importance(change, error, prospect.size)
     return found
 
 
@@ -234,23 +243,29 @@ def worthy(pilots: Sequence[Pilot], nothing: float) -> list[Pilot]:
     return [pilot for pilot in pilots if not any(far_behind(pilot, other) for other in pilots)]
 
 
-def draw_curve(pilot: Pilot, sight: Sight) -> list[Option]:
+def draw_curve(pilot: Pilot, sight: Sight, size: float) -> list[Option]:
     """The options of a style for a layer, by a few drafts, between which the logarithm of the error is interpolated.
 
-    What joint steps are worth to the pilot, they are taken to be worth to all.
+    What joint steps are worth to the pilot, they are taken to be worth to all, unless they make it exact.
+
+    Args:
+        size: of the outputs, squared.
     """
     choices = pilot.choices
     chosen = sorted({pilot.index, *spread(len(choices), DRAFTS[sight.takes_long])})
-    gain = pilot.error / pilot.start if pilot.start > 0 else 1.0
+    start, error = (max(value, NOTHING * size, TINY) for value in (pilot.start, pilot.error))
+    gain = error / start if start <= CLIFF * error else 1.0
     made = {
         index: (pilot.start, pilot.draft) if index == pilot.index else sight.draft(choices[index][1])
         for index in chosen
     }
-    shares, errors = [choices[index][0] for index in chosen], [error for error, _ in made.values()]
-    return [
-        Option(pass_, share, gain * between(share, shares, errors), made[index][1].layers if index in made else None)
-        for index, (share, pass_) in enumerate(choices)
-    ]
+    shares, errors = [choices[index][0] for index in chosen], [made[index][0] for index in chosen]
+
+    def option(index: int, share: float, pass_: RankedPass) -> Option:
+        error = pilot.error if index == pilot.index else gain * between(share, shares, errors, size)
+        return Option(pass_, share, error, made[index][1].layers if index in made else None)
+
+    return [option(index, share, pass_) for index, (share, pass_) in enumerate(choices)]
 
 
 def distinct(style: Style, site: Site) -> list[tuple[float, RankedPass]]:
@@ -276,18 +291,27 @@ def spread(count: int, most: int) -> list[int]:
     return [(2 * index + 1) * count // (2 * most) for index in range(most)]
 
 
-def between(share: float, shares: Sequence[float], errors: Sequence[float]) -> float:
-    """The error at a share between others, or beyond them, along straight lines of its logarithm."""
+def between(share: float, shares: Sequence[float], errors: Sequence[float], size: float) -> float:
+    """The error at a share between others, or beyond them, along straight lines of its logarithm.
+
+    Where it falls off a cliff between two shares, it is the larger as far as the second; and all that there is, `size`,
+    below a share at which it is nothing. It is never more than that, or than the largest of the others.
+    """
     at = bisect_left(shares, share)
     if at < len(shares) and shares[at] == share:
         return errors[at]
+    if at == 0 and errors[0] <= NOTHING * size:
+        return size
     if len(shares) == 1:
         return errors[0]
     high = min(max(at, 1), len(shares) - 1)
     low = high - 1
-    first, second = (math.log(max(errors[index], 1e-300)) for index in (low, high))
+    first, second = (max(errors[index], NOTHING * size, TINY) for index in (low, high))
+    if at > 0 and max(first, second) > CLIFF * min(first, second):
+        return second if at == len(shares) else max(first, second)
     part = (share - shares[low]) / (shares[high] - shares[low])
-    return math.exp(first + part * (second - first))
+    line = math.log(first) + part * (math.log(second) - math.log(first))
+    return math.exp(min(line, math.log(max(size, *errors, TINY))))
 
 
 def distance_between(ours: Sequence[Sequence[Tensor]], theirs: Sequence[Sequence[Tensor]]) -> float:
@@ -302,8 +326,9 @@ def distance_between(ours: Sequence[Sequence[Tensor]], theirs: Sequence[Sequence
 
 def importance(change: float, error: float, size: float) -> float:
     """The weight of a layer by what an error of it changes in the outputs: never less than a millionth of what it
-    would be if errors passed through as they are.
+    would be if errors passed through as they are, which it is where the change is not known.
     """
-    least = 1e-6 / size if size > 0 else 0.0
-    found = change / error if error > 0 else 0.0
-    return max(found, least) if math.isfinite(found) else 1.0 / size
+    if size <= 0:
+        return 0.0
+    found = change / error if error != 0 else 0.0
+    return max(found, 1e-6 / size) if math.isfinite(found) else 1.0 / size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,14 +11,16 @@ import torch
 from fxcompile.passes import Bottleneck, Factorize, GroupShuffle, SplitKernels, StackKernels
 from fxcompile.passes import _drafts as drafts
 from fxcompile.passes._ranks import Draft, RankedPass
-from helpers import Net, assert_text_means_the_same, conv, images, outputs, randn, relative
+from helpers import Net, assert_text_means_the_same, conv, images, outputs, randn, relative, with_layers
 from torch import Tensor, nn
 
 from fxcompile.bisecting import bisect
+from fxcompile.calibration import as_calibration
 from fxcompile.errors import PipelineError
 from fxcompile.manager import PassManager, Result
 from fxcompile.pipeline import parse_pipeline
-from fxcompile.rewriting import Pass
+from fxcompile.planning import Planning
+from fxcompile.rewriting import Pass, Skip
 from fxcompile.testing import check_pass
 from fxcompile.tracing import trace
 
@@ -315,15 +318,61 @@ def test_each_style_s_options_cost_no_more_than_they_say() -> None:
 
 def test_errors_between_drafts_lie_on_lines_of_their_logarithm() -> None:
     shares, errors = [0.2, 0.4, 0.8], [1e-1, 1e-2, 1e-6]
-    assert [drafts.between(share, shares, errors) for share in shares] == errors
-    assert drafts.between(0.3, shares, errors) == pytest.approx(10**-1.5)
-    assert drafts.between(0.5, shares, errors) == pytest.approx(1e-3)
+    assert [drafts.between(share, shares, errors, 1.0) for share in shares] == errors
+    assert drafts.between(0.3, shares, errors, 1.0) == pytest.approx(10**-1.5)
+    assert drafts.between(0.5, shares, errors, 1.0) == pytest.approx(1e-3)
     assert drafts.spread(4, 6) == [0, 1, 2, 3]
-    assert drafts.between(0.9, shares, errors) == pytest.approx(1e-7)
-    assert drafts.between(0.1, shares, errors) == pytest.approx(10**-0.5)
-    assert drafts.between(0.1, [0.4], [1e-3]) == 1e-3
+    assert drafts.between(0.9, shares, errors, 1.0) == pytest.approx(1e-7)
+    assert drafts.between(0.1, shares, errors, 1.0) == pytest.approx(10**-0.5)
+    assert drafts.between(0.1, [0.4], [1e-3], 1.0) == 1e-3
     assert drafts.spread(7, 6) == [0, 1, 2, 4, 5, 6]
     assert drafts.spread(23, 3) == [3, 11, 19]
+
+
+def test_a_draft_at_rounding_level_says_nothing_of_cheaper_ones() -> None:
+    shares, errors = [0.2, 0.4, 0.6, 0.8], [3e-1, 1e-1, 1e-30, 1e-33]
+    assert [drafts.between(share, shares, errors, 8.0) for share in shares] == errors
+    assert drafts.between(0.3, shares, errors, 8.0) == pytest.approx(0.03**0.5)
+    assert [drafts.between(share, shares, errors, 8.0) for share in (0.41, 0.5, 0.59)] == [1e-1] * 3
+    assert drafts.between(0.7, shares, errors, 8.0) == pytest.approx(8e-12)
+    assert drafts.between(0.9, shares, errors, 8.0) == pytest.approx(8e-12)
+    assert drafts.between(0.9, shares[:3], errors[:3], 8.0) == pytest.approx(8e-12)
+    assert drafts.between(0.5, shares[2:], errors[2:], 8.0) == 8.0
+    assert drafts.between(0.5, shares[2:3], errors[2:3], 8.0) == 8.0
+    assert drafts.between(0.5, shares, [0.0] * 4, 0.0) < 1e-200
+
+
+def low_rank(channels: int, rank: int, seed: int) -> Any:
+    """1x1 of so many channels, of exactly this rank, all of whose directions count alike."""
+    layer = conv(channels, channels, 1, 1, seed=seed)
+    (left, _), (right, _) = (torch.linalg.qr(randn(channels, rank, seed=seed + part)) for part in (1, 2))
+    layer.weight.data = (left @ right.mT)[..., None, None]
+    return layer
+
+
+def test_a_layer_keeps_the_channels_of_its_rank_while_another_can_give_way() -> None:
+    x = randn(24, 24, 6, 6)
+    for rank in (4, 5, 6):
+        net = Net(lambda m, x: m.second(m.first(x)), first=low_rank(24, rank, 1), second=conv(24, 24, 1, 1, seed=9))
+        result = factorized(net, x, x, saving=0.4, variants=["bottleneck"])
+        first = sites(result)["first"]
+        assert first.error < 1e-6
+        assert first.after.macs >= rank / 12 * first.before.macs
+
+
+def test_steps_that_make_the_pilot_exact_say_nothing_of_cheaper_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = randn(24, 24, 6, 6)
+    layer = conv(24, 24, 1, 1)
+    site = next(item for item, _ in Factorize().served(trace(layer, x[:2])) if not isinstance(item, Skip))
+    sight = drafts.Sight.of(site, [x], True)
+    choices = drafts.distinct(lambda share: Bottleneck(rank=share, round_to=1), site)
+    pilot = drafts.Pilot.of(choices, sight)
+    plain = drafts.draw_curve(pilot, sight, 1.0)
+    halved = drafts.draw_curve(replace(pilot, error=pilot.error / 2), sight, 1.0)
+    exact = drafts.draw_curve(replace(pilot, error=1e-30), sight, 1.0)
+    for index in range(len(choices)):
+        assert halved[index].error == pytest.approx(plain[index].error / 2)
+        assert exact[index].error == (1e-30 if index == pilot.index else plain[index].error)
 
 
 def test_what_another_leaves_far_behind_at_no_more_cost_is_dropped() -> None:
@@ -343,8 +392,40 @@ def test_the_weight_of_a_layer_is_what_its_error_does_to_the_outputs() -> None:
     assert drafts.importance(0.0, 2.0, 8.0) == 1e-6 / 8
     assert drafts.importance(0.0, 0.0, 0.0) == 0.0
     assert drafts.importance(float("inf"), 2.0, 8.0) == 1 / 8
+    assert drafts.importance(float("nan"), float("nan"), 8.0) == 1 / 8
+    assert drafts.importance(float("inf"), 2.0, 0.0) == 0.0
     a, b = torch.tensor([3.0, 4.0]), torch.tensor([1, 2])
     assert drafts.distance_between([(a * 1.5, b)], [(a, b + 1)]) == pytest.approx(0.25)
+
+
+def prospects_of(net: nn.Module, x: Tensor, **options: Any) -> dict[str, drafts.Prospect]:
+    """By name, with calibration data."""
+    program = trace(net.eval(), x[:2])
+    served = Factorize(round_to=1, **options).served(program)
+    planning = Planning(program, as_calibration(x, program.inputs), 0, lambda *_: None, [])
+    found = drafts.prospects(planning, "drafts", [(item, own) for item, own in served if not isinstance(item, Skip)])
+    return {prospect.site.name: prospect for prospect in found}
+
+
+def test_all_calls_of_a_layer_count_in_its_weight() -> None:
+    """Held against what an error of the layer does to the outputs at all calls together."""
+    x = randn(64, 16, 6, 6)
+    net = Net(lambda m, x: m.same(x[:, :8]) + m.same(x[:, 8:]).flip(3), same=conv(8, 8, 3, 3))
+    found = prospects_of(net, x)["same"]
+    wanted, ones = outputs(net, x), outputs(net.same, x[:, :8])
+    worse = with_layers(net)
+    worse.same.weight.data += 0.1 * randn(8, 8, 3, 3, seed=5)
+    error = float((outputs(worse.same, x[:, :8]) - ones).square().sum()) / (ones.numel() / 8)
+    assert found.weight == pytest.approx(relative(outputs(worse, x), wanted) ** 2 / error, rel=0.2)
+
+
+def test_where_all_pilots_are_exact_errors_are_taken_to_pass_through() -> None:
+    x = randn(24, 24, 6, 6)
+    net = Net(lambda m, x: 100 * m.first(x), first=low_rank(24, 2, 1))
+    exact = prospects_of(net, x, variants=["bottleneck"])["first"]
+    assert exact.weight == 1 / exact.size
+    one_is_not = prospects_of(net, x)["first"]
+    assert one_is_not.weight == pytest.approx(1 / exact.size, rel=0.3)
 
 
 # ---- as a pass -------------------------------------------------------------------------------------------------------
