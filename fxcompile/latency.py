@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from fxcompile.errors import EmitError
-from fxcompile.layers import CONVOLUTIONS
+from fxcompile.layers import CONVOLUTIONS, Reorder
 from fxcompile.patches import padding_amounts
 from fxcompile.runtime import session_of
 
@@ -26,14 +27,17 @@ SECONDS, ROUNDS = 0.5, (7, 50)
 def times_of(chains: Sequence[Sequence[nn.Module]], shape: Sequence[int]) -> list[float | None]:
     """Seconds that each chain of layers takes in ONNX Runtime, in float32, on an input of this shape.
 
-    All run in turn, each first in some rounds, so that whatever else the machine does slows all: what holds is the
-    median ratio to the first chain, times that one's median time. None for a chain that has no form here.
+    Layers of convolutions for one sample get a batch of one. All run in turn, each first in some rounds, so that
+    whatever else the machine does slows all: what holds is the median ratio to the first chain, times that one's median
+    time. None for a chain that has no form here.
     """
-    x = {"x": np.random.default_rng(0).standard_normal(tuple(shape), dtype=np.float32)}
+    axes = max(len(getattr(layer, "kernel_size", ())) for layers in chains for layer in layers)
+    whole = batched(shape, axes)
+    x = {"x": np.random.default_rng(0).standard_normal(whole, dtype=np.float32)}
     sessions: list[Any] = []
     for layers in chains:
         try:
-            sessions.append(session_of(model_of(layers, shape)))
+            sessions.append(session_of(model_of(layers, whole, len(whole) - len(shape))))
         except (KeyError, EmitError):
             sessions.append(None)
     runs = [lambda session=session: session.run(None, x) for session in sessions if session is not None]
@@ -62,16 +66,22 @@ def interleaved(runs: Sequence[Callable[[], object]], clock: Callable[[], float]
     return [median(a / b for a, b in zip(own, first, strict=True)) * median(first) for own in times]
 
 
-def model_of(layers: Sequence[nn.Module], shape: Sequence[int]) -> bytes:
+def model_of(layers: Sequence[nn.Module], shape: Sequence[int], added: int = 0) -> bytes:
     """An ONNX file, in float32, of layers that follow each other.
+
+    Args:
+        shape: of the input.
+        added: axes at its front that the layers know nothing of.
 
     Raises:
         KeyError: a layer is none of those that are known here.
     """
     nodes: list[onnx.NodeProto] = []
     held: list[onnx.TensorProto] = []
+    channels = shape[1] if len(shape) > 1 else 1
     for number, layer in enumerate(layers):
-        nodes += _nodes(layer, f"x{number}" if number else "x", f"x{number + 1}", held, shape)
+        nodes += _nodes(layer, f"x{number}" if number else "x", f"x{number + 1}", held, channels, added)
+        channels = getattr(layer, "out_channels", channels)
     last = f"x{len(layers)}" if layers else "x"
     graph = helper.make_graph(
         nodes,
@@ -86,13 +96,14 @@ def model_of(layers: Sequence[nn.Module], shape: Sequence[int]) -> bytes:
 
 
 def _nodes(
-    layer: Any, source: str, target: str, held: list[onnx.TensorProto], shape: Sequence[int]
+    layer: Any, source: str, target: str, held: list[onnx.TensorProto], channels: int, added: int
 ) -> list[onnx.NodeProto]:
-    """The nodes of one layer; its weights go to `held`."""
+    """The nodes of one layer, which has so many input channels; its tensors go to `held`."""
 
     def hold(values: Tensor, part: str) -> str:
         name = f"{target}.{part}"
-        held.append(numpy_helper.from_array(values.detach().float().numpy(), name))
+        values = values.detach().float() if values.is_floating_point() else values
+        held.append(numpy_helper.from_array(values.numpy(), name))
         return name
 
     if isinstance(layer, CONVOLUTIONS):
@@ -117,6 +128,18 @@ def _nodes(
         return nodes
     if isinstance(layer, nn.ReLU):
         return [helper.make_node("Relu", [source], [target])]
+    if isinstance(layer, nn.ChannelShuffle):
+        groups, (shape, split, swapped) = layer.groups, (f"{target}.{part}" for part in ("shape", "split", "swapped"))
+        apart = hold(torch.tensor([0, groups, channels // groups, -1]), "apart")
+        return [
+            helper.make_node("Shape", [source], [shape]),
+            helper.make_node("Reshape", [source, apart], [split]),
+            helper.make_node("Transpose", [split], [swapped], perm=[0, 2, 1, 3]),
+            helper.make_node("Reshape", [swapped, shape], [target]),
+        ]
+    if isinstance(layer, Reorder):
+        axis = layer.axis + added if layer.axis >= 0 else layer.axis
+        return [helper.make_node("Gather", [source, hold(layer.order, "order")], [target], axis=axis)]
     raise KeyError(type(layer).__name__)
 
 

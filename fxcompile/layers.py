@@ -25,6 +25,21 @@ PLAIN: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, *TRANSPOSED, *BATCH_NORMS, 
 """Layers with weights that canonical form knows."""
 
 
+class Reorder(nn.Module):
+    """Channels `order` of the input, in that order."""
+
+    order: Tensor
+
+    def __init__(self, order: Tensor, axis: int) -> None:
+        super().__init__()
+        self.register_buffer("order", order)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C, *positions] -> the same, C on this axis"""
+        return torch.index_select(x, self.axis, self.order)
+
+
 def plain_kind(module: nn.Module) -> type[nn.Module] | None:
     """The plain layer that a module computes as: its own class, or the base whose forward it inherits unchanged."""
     for kind in PLAIN:

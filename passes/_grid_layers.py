@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS
+from fxcompile.layers import BATCH_NORMS, CONVOLUTIONS, Reorder
 from fxcompile.patches import padding_amounts
 from fxcompile.program import dtype_of, shape_of
 from fxcompile.rewriting import Pairs, Site
@@ -21,7 +21,6 @@ from ._branches import Branches, pad_ahead
 from ._convolutions import convolution, float64
 from ._grid import Mix
 from ._grid_sites import AVG_POOLS, CLAMPS, MAX_POOLS, each_axis, reach
-from ._reordering import Reorder
 from .fold_batchnorm import affine, scale_outputs
 
 Kind = Literal["max", "avg"]

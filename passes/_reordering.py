@@ -5,20 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-
-class Reorder(nn.Module):
-    """Channels `order` of the input, in that order."""
-
-    order: Tensor
-
-    def __init__(self, order: Tensor, axis: int) -> None:
-        super().__init__()
-        self.register_buffer("order", order)
-        self.axis = axis
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C, *positions] -> the same, C on this axis"""
-        return torch.index_select(x, self.axis, self.order)
+from fxcompile.layers import Reorder
 
 
 def reorder(order: Tensor, axis: int) -> list[nn.Module]:

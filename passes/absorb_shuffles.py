@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Exact
 from fxcompile.labels import node_name
-from fxcompile.layers import BATCH_NORMS, INSTANCE_NORMS, TRANSPOSED, holds_weights, shallow_copy, with_weights
+from fxcompile.layers import BATCH_NORMS, INSTANCE_NORMS, TRANSPOSED, Reorder, holds_weights, shallow_copy, with_weights
 from fxcompile.program import Program, fetch, shape_of
 from fxcompile.rewriting import Pass, Site, Skip
 
 from ._call import Call
-from ._reordering import Reorder, reorder
+from ._reordering import reorder
 from .fold_batchnorm import LINEAR, channel_axis, in_channels, out_channels
 
 Rule = Callable[[Any, int, int], bool]

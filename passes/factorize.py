@@ -57,8 +57,9 @@ class Factorize(Pass):
     a closed form and, for one of the costs, some joint steps, in the norm of the layer's inputs. What such an error
     does to the network's outputs is measured by running the rest of the network with it. Then costs are shared out:
     from the layers as they are, always the step that costs the outputs the least for what it saves, taken that errors
-    add up as independent ones do (Shoham and Gersho 1988). At its cost, a layer gets the passes that came nearest in
-    the drafts; they are fitted in full, in the order of the data, and the nearest on held-out data is kept.
+    add up as independent ones do, also those of a layer that is called again (Shoham and Gersho 1988). At its cost, a
+    layer gets the passes that came nearest in the drafts; they are fitted in full, in the order of the data, and the
+    nearest on held-out data is kept.
 
     With `objective=latency` the drafts are run in ONNX Runtime, on the shapes of the example inputs, beside the layer
     in whose place they would stand; those that are not faster are left out, whatever MACs they save. `saving` is then a
@@ -180,20 +181,22 @@ class Factorize(Pass):
         if self.objective == "macs":
             cost: float = nodes_cost(program.module, calls, samples(program)).macs
             return Bill(site, cost, [Priced(curve, item, cost * item.share) for curve, item in options], reason)
-        from fxcompile.latency import batched, times_of
+        from fxcompile.latency import times_of
 
         planning.progress(f"{self.name}: latency", index, count)
         drafted = [(curve, item, item.layers) for curve, item in options if item.layers is not None]
-        dims = len(getattr(site.layer, "kernel_size", ()))
-        times = times_of([[site.layer], *(layers for _, _, layers in drafted)], batched(site.input_shape, dims))
-        whole = times[0] or 0.0
+        times = times_of([[site.layer], *(layers for _, _, layers in drafted)], site.input_shape)
+        whole, timed = times[0] or 0.0, sum(time is not None for time in times[1:])
         priced = [
             Priced(curve, replace(item, pass_=item.pass_.pinned(site, layers)), len(calls) * time)
             for (curve, item, layers), time in zip(drafted, times[1:], strict=True)
             if time is not None and time < (1 - FASTER) * whole
         ]
         if options and not priced:
-            reason = f"none of the {len(drafted)} drafts that cost fewer MACs is faster than it in ONNX Runtime"
+            reason = f"none of the {timed} drafts that were timed in ONNX Runtime is faster than it there"
+        if options and (times[0] is None or not timed):
+            who = "it could not" if times[0] is None else "none of its drafts could"
+            reason = f"{who} be timed in ONNX Runtime"
         return Bill(site, len(calls) * whole, priced, reason)
 
     def admits(self, prospect: Prospect, option: Option) -> bool:

@@ -14,6 +14,7 @@ from fxcompile.passes._ranks import Draft, RankedPass
 from helpers import Net, assert_text_means_the_same, conv, images, outputs, randn, relative, with_layers
 from torch import Tensor, nn
 
+from fxcompile import latency
 from fxcompile.bisecting import bisect
 from fxcompile.calibration import as_calibration
 from fxcompile.errors import PipelineError
@@ -275,10 +276,30 @@ def test_what_is_slower_though_it_saves_macs_is_not_taken(monkeypatch: pytest.Mo
     (site,) = factorized(layer, x, x, saving=0.5, objective="latency", variants=["bottleneck"]).record.passes[0].sites
     assert site.outcome == "left"
     assert site.reason.startswith("none of the ")
-    assert site.reason.endswith(" drafts that cost fewer MACs is faster than it in ONNX Runtime")
+    assert site.reason.endswith(" drafts that were timed in ONNX Runtime is faster than it there")
     (site,) = factorized(layer, x, x, saving=0.5, objective="latency").record.passes[0].sites
     assert "groups" not in site.change
     assert "1x1" not in site.change
+
+
+@pytest.mark.parametrize(
+    ("original", "known", "reason"),
+    [
+        (1.0, 2, "none of the 2 drafts that were timed in ONNX Runtime is faster than it there"),
+        (1.0, 0, "none of its drafts could be timed in ONNX Runtime"),
+        (None, 2, "it could not be timed in ONNX Runtime"),
+    ],
+)
+def test_only_what_was_timed_is_said_to_be_slow(
+    monkeypatch: pytest.MonkeyPatch, original: float | None, known: int, reason: str
+) -> None:
+    def times_of(chains: Sequence[Sequence[Any]], shape: tuple[int, ...]) -> list[float | None]:
+        return [original, *[2.0] * known, *[None] * (len(chains) - 1 - known)]
+
+    monkeypatch.setattr("fxcompile.latency.times_of", times_of)
+    x = randn(24, 8, 10, 10)
+    (site,) = factorized(conv(8, 8, 5, 5), x, x, objective="latency").record.passes[0].sites
+    assert (site.outcome, site.reason) == ("left", reason)
 
 
 def test_a_time_out_of_reach_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +309,21 @@ def test_a_time_out_of_reach_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.record.notes == [
         "factorize: saving=0.5 is out of reach, its sites save 20% of the layers' time at most"
     ]
+
+
+def test_every_draft_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of layers for one sample, and of 1x1 with groups, which get shuffle units with an order between."""
+    monkeypatch.setattr(latency, "interleaved", lambda runs: [float(len(run())) for run in runs])
+    for groups, x in ((1, randn(2, 16, 6, 6)), (2, randn(2, 16, 6, 6)), (1, randn(16, 6, 6)), (2, randn(16, 6, 6))):
+        layer = conv(16, 16, 1, 1, groups=groups)
+        for site, styles in Factorize(round_to=1).served(trace(layer, x)):
+            chains = [
+                pass_.draft(site, layer.weight.detach()).layers
+                for style in styles
+                for _, pass_ in drafts.distinct(style, site)
+            ]
+            assert any(len(layers) == 3 for layers in chains)
+            assert latency.times_of([[layer], *chains], site.input_shape) == [1.0] * (1 + len(chains))
 
 
 def test_layers_are_measured_in_onnx_runtime() -> None:

@@ -12,6 +12,7 @@ from helpers import conv, outputs, randn, relative
 from torch import nn
 
 from fxcompile import latency
+from fxcompile.layers import Reorder
 from fxcompile.runtime import session_of
 
 
@@ -22,6 +23,11 @@ from fxcompile.runtime import session_of
         ([conv(4, 6, 2, 3, padding="same"), nn.ReLU(), conv(6, 4, 1, 1, groups=2, bias=False)], (1, 4, 7, 6)),
         ([conv(4, 6, 3, padding=1)], (2, 4, 9)),
         ([conv(2, 3, 3, 1, 2)], (2, 2, 5, 4, 4)),
+        ([conv(4, 6, 3, 3), nn.ChannelShuffle(3), conv(6, 4, 1, 1, groups=2)], (2, 4, 7, 6)),
+        ([nn.ChannelShuffle(2), conv(4, 2, 3)], (2, 4, 9)),
+        ([conv(2, 6, 3, 1, 2), nn.ChannelShuffle(2)], (2, 2, 5, 4, 4)),
+        ([conv(4, 6, 3, 3), Reorder(torch.tensor([4, 0, 5, 2, 1, 3]), 1), conv(6, 4, 1, 1)], (2, 4, 7, 6)),
+        ([Reorder(torch.tensor([3, 1, 0, 2]), -1), nn.Linear(4, 3).double()], (2, 5, 4)),
         ([nn.Linear(5, 4).double(), nn.Linear(4, 3, bias=False).double()], (2, 7, 5)),
     ],
     ids=str,
@@ -30,6 +36,12 @@ def test_the_file_computes_what_the_layers_do(layers: list[nn.Module], shape: tu
     x = randn(*shape)
     (found,) = session_of(latency.model_of(layers, shape)).run(None, {"x": x.float().numpy()})
     assert relative(torch.from_numpy(found), outputs(nn.Sequential(*layers), x)) < 1e-6
+
+
+def test_layers_for_one_sample_compute_the_same_with_a_batch() -> None:
+    layers, x = [conv(4, 6, 3, 3), Reorder(torch.tensor([4, 0, 5, 2, 1, 3]), 0), conv(6, 4, 1, 1)], randn(4, 7, 6)
+    (found,) = session_of(latency.model_of(layers, (1, 4, 7, 6), added=1)).run(None, {"x": x.float().numpy()[None]})
+    assert relative(torch.from_numpy(found)[0], outputs(nn.Sequential(*layers), x)) < 1e-6
 
 
 class Clock:
@@ -87,7 +99,7 @@ def test_what_has_no_form_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> No
         return [1.0, 2.0]
 
     monkeypatch.setattr(latency, "interleaved", pretended)
-    chains = [[conv(4, 6, 3, 3)], [nn.ChannelShuffle(2), conv(4, 6, 3, 3)], [conv(4, 2, 1, 1), conv(2, 6, 3, 3)]]
+    chains = [[conv(4, 6, 3, 3)], [nn.Tanh(), conv(4, 6, 3, 3)], [conv(4, 2, 1, 1), conv(2, 6, 3, 3)]]
     assert latency.times_of(chains, (2, 4, 8, 8)) == [1.0, None, 2.0]
     assert seen == [(2, 6, 6, 6), (2, 6, 6, 6)]
     assert latency.interleaved is pretended
