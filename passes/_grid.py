@@ -80,8 +80,7 @@ class Moments:
         patches, both, _ = self._blocks
         left = patches - both.mT @ torch.cholesky_solve(both, self._pool_factor)
         left = (left + left.mT) / 2
-        level = self._blocks[0].diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        return left, torch.linalg.cholesky(left + 1e-9 * level * torch.eye(self.features, dtype=left.dtype))
+        return left, cholesky_factor(left, 1e-9, level=patches.diagonal(dim1=1, dim2=2).mean(1))
 
     def parts(self, cross: Tensor, width: int, mix: Mix) -> Parts:
         """The best parts for C = `cross` [g, F + P, o] with so many convolved channels in each group: the global

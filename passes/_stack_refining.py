@@ -205,14 +205,17 @@ def _design(kernel: Tensor, reach: Sequence[int]) -> Tensor:
     return design.flatten(2 + len(reach)).flatten(1, 1 + len(reach))
 
 
-def cholesky_factor(gram: Tensor, damping: float) -> Tensor:
-    """Cholesky factor of `gram` [g, n, n], semidefinite, with `damping` of its mean diagonal added, or more.
+def cholesky_factor(gram: Tensor, damping: float, level: Tensor | None = None) -> Tensor:
+    """Cholesky factor of `gram` [g, n, n], semidefinite but for rounding, with `damping` of a level added, or more.
+
+    Args:
+        level: [g], by default the mean diagonal. What `gram` was subtracted from, where little may be left but rounding.
 
     Raises:
         FitError: a number is NaN or infinite.
     """
     check_finite(gram, "second moments")
-    level = gram.diagonal(dim1=1, dim2=2).mean(1)
+    level = gram.diagonal(dim1=1, dim2=2).mean(1) if level is None else level
     while True:
         factor: Tensor
         factor, failed = linalg.cholesky_ex(with_diagonal(gram, damping * level + 1e-300))

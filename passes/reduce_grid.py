@@ -117,7 +117,7 @@ class ReduceGrid(WidthPass):
         if low > high:
             return "one output" + (" a group" if grid.groups > 1 else "") + " is nothing to share between two branches"
         if isinstance(self.rank, int):
-            short = self.rank // grid.groups < low
+            short = max(1, self.rank // grid.groups) < low
             return (
                 f"{grid.channels} channels can pass, which leaves more than rank={self.rank} outputs" if short else None
             )

@@ -195,6 +195,19 @@ def best_fit(z: Tensor, y: Tensor) -> float:
     return float((z @ torch.linalg.lstsq(z, y).solution - y).square().sum())
 
 
+def test_pooled_channels_that_say_all_of_the_patches_leave_nothing_to_fail_on() -> None:
+    """Inputs so strongly correlated that little but rounding is left of a patch; in one group they are all zero."""
+    features, pooled, count = 12, 4, 6
+    common = randn(3, 200, 3)
+    z = common @ randn(3, 3, features + pooled, seed=1) + 1e-7 * randn(3, 200, features + pooled, seed=3)
+    z[1] = 0
+    y = z @ randn(3, features + pooled, count, seed=2)
+    gram, cross = ((z.mT @ other / 200).float().double() for other in (z, y))
+    parts = algebra.Moments(gram, features).parts(cross, 3, "all")
+    assert float(parts.dense[1].abs().max()) == 0
+    assert lost(parts, z, y) < 1e-6 * float(y.square().sum())
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("mix", ["none", "pooled"])
 def test_outputs_are_shared_out_as_well_as_they_can_be(mix: Any, groups: int) -> None:
@@ -480,10 +493,20 @@ def test_strided_layers_that_save_nothing_are_left_with_a_reason() -> None:
         "4 channels can pass, which leaves more than rank=11 outputs"
     ]
     assert skips(conv(4, 16, 3, 3, stride=2), x, rank=12) == []
+    assert skips(conv(4, 16, 3, 3, stride=2, groups=2), x, rank=1) == [
+        "4 channels can pass, which leaves more than rank=1 outputs"
+    ]
     assert skips(conv(4, 4, 1, 1, stride=2), x, mix="pooled") == [
         "a convolution of 1 channels, the fewest there can be, beside the pooling costs 100% of its MACs, "
         "above rank=0.5"
     ]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_fewer_channels_than_groups_are_one_for_each(mix: str) -> None:
+    result = reduced(conv(8, 8, 3, 3, stride=2, groups=4), randn(2, 8, 9, 9), None, mix=mix, rank=2)
+    strided = next(inner for inner in result.module.modules() if isinstance(inner, nn.Conv2d) and inner.stride[0] == 2)
+    assert strided.out_channels == 4
 
 
 def test_layers_that_share_a_weight_are_left() -> None:
