@@ -209,7 +209,7 @@ def cholesky_factor(gram: Tensor, damping: float, level: Tensor | None = None) -
     """Cholesky factor of `gram` [g, n, n], semidefinite but for rounding, with `damping` of a level added, or more.
 
     Args:
-        level: [g], by default the mean diagonal. What `gram` was subtracted from, where little may be left but rounding.
+        level: [g], by default the mean diagonal; where `gram` is a small difference, that of what it is one of.
 
     Raises:
         FitError: a number is NaN or infinite.
