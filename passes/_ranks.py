@@ -42,7 +42,10 @@ class WidthPass(Pass):
     min_saving: float | None = Field(0.0, le=1, description="smallest share of its MACs that a site must save")
 
     def rewrite(self, site: Site) -> Replacement:
-        """The best that is known without held-out data: from the data if there are any, else from the weights."""
+        """The last of the candidates, which knows the most: the data if there are any, else the weights.
+
+        A run compares all candidates, on held-out data or, without calibration, on one random batch.
+        """
         return list(self.candidates(site))[-1]
 
     def differs(self, option: str) -> bool:

@@ -206,7 +206,10 @@ class Factorize(Pass):
         return self.max_error is None or option.error <= self.max_error**2 * prospect.size
 
     def rewrite(self, site: Site) -> Replacement:
-        """The best that is known without held-out data: what the pass makes of it that came nearest in the drafts."""
+        """What the pass makes of it that came nearest in the drafts.
+
+        A run compares all candidates, on held-out data or, without calibration, on one random batch.
+        """
         return self.chosen(site)[0].rewrite(site)
 
     def candidates(self, site: Site) -> Iterator[Replacement]:
