@@ -17,6 +17,7 @@ from fxcompile.program import Program, fetch, shape_of
 from fxcompile.rewriting import Pass, Site, Skip
 
 from ._call import Call
+from ._channels import carry
 from ._reordering import reorder
 from .fold_batchnorm import LINEAR, channel_axis, in_channels, out_channels
 
@@ -42,27 +43,29 @@ def _pad(args: Any, axis: int, rank: int) -> bool:
 
 
 LAYERS: dict[type[nn.Module], Rule] = {
-    **dict.fromkeys((nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU), _always),
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU), _always),
     **dict.fromkeys((nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh), _always),
     **dict.fromkeys((nn.Softplus, nn.LogSigmoid, nn.Softshrink, nn.Hardshrink, nn.Threshold), _always),
     **dict.fromkeys((*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU), _second),
     **{getattr(nn, f"{kind}Pool{dims}d"): _maps(dims) for kind in ("Avg", "Max") for dims in (1, 2, 3)},
     **{getattr(nn, f"Adaptive{kind}Pool{dims}d"): _maps(dims) for kind in ("Avg", "Max") for dims in (1, 2, 3)},
 }
-FUNCTIONS: dict[Any, Rule] = {F.pad: _pad, F.interpolate: _second}
+FUNCTIONS: dict[Any, Rule] = {F.pad: _pad}
+"""Beside what carries channels and leaves them on their axis."""
 
 
 class AbsorbShuffles(Pass):
     """conv[O, C, ...] -> norm, activation, pool -> channels in the order p  =>  conv with outputs p, norm of p, ...
     channels in the order p -> norm, activation, pool -> conv[O, C, ...]  =>  norm of p^-1, ..., conv with inputs p^-1
 
-    An order is a `nn.ChannelShuffle`, or an `index_select` of all channels, each once, as `group-shuffle(style=
-    permuted)` and `split-kernels(merge=concat)` leave them. It goes into the layer before it if that allows it, else
-    into the one after it: a convolution, transposed or not, or a linear layer, also behind a flatten. What stands
-    between treats all channels alike, by numbers of their own at most, which are put in order too: batch and instance
-    norms, activations, pools, depthwise convolutions. A layer with groups takes orders that keep its groups together.
-    An order stays where the value is used several times on the way, or a layer is called again or shares its weight.
-    Of those that stay, one does for all between which there is nothing else.
+    An order is a `nn.ChannelShuffle`, or an `index_select` of all channels, each once, as
+    `group-shuffle(style=permuted)` and `split-kernels(arrangement=parallel, merge=concat)` leave them. It goes into the
+    layer before it if that allows it, else into the one after it: a convolution, transposed or not, or a linear layer,
+    also behind a flatten. What stands between treats all channels alike, by numbers of their own at most, which are put
+    in order too: batch and instance norms, activations, pools and means, depthwise convolutions. A layer with groups
+    takes orders that keep its groups together. An order stays where the value is used several times on the way, or a
+    layer is called again or shares its weight. Of those that stay, one does for all between which there is nothing
+    else.
     """
 
     name: ClassVar = "absorb-shuffles"
@@ -195,7 +198,10 @@ class _Search:
         layer = self.program.layer(node)
         if len(node.all_input_nodes) != 1 or (layer is not None and (node.kwargs or len(node.args) != 1)):
             return False
-        rank = len(shape_of(node.all_input_nodes[0]) or ())
+        shape = shape_of(node.all_input_nodes[0]) or ()
+        rank = len(shape)
+        if carry(self.program, node, axis) == axis:
+            return (shape_of(node) or ())[axis] == shape[axis]  # a flatten gives several for each
         if layer is None:
             rule = FUNCTIONS.get(node.target)
             return rule is not None and rule(node.args[1:], axis, rank)
@@ -262,7 +268,7 @@ def is_flatten(node: fx.Node, axis: int) -> bool:
 
 def after(node: fx.Node, order: Tensor) -> Tensor:
     """An order of channels behind a node."""
-    pixels = (shape_of(node) or (0, 0))[1] // len(order) if node.target is torch.flatten else 1
+    pixels = (shape_of(node) or (0, 0))[1] // len(order) if is_flatten(node, 1) else 1
     return (order.unsqueeze(1) * pixels + torch.arange(pixels)).flatten()
 
 

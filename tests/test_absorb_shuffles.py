@@ -154,6 +154,37 @@ def test_orders_behind_a_flatten_move_the_pixels_of_a_channel_together() -> None
     ])  # fmt: skip
 
 
+MEANS: dict[str, Any] = {
+    "means": lambda y: y.mean((2, 3)),
+    "means that keep axes, squeezed": lambda y: y.mean((2, 3), keepdim=True).squeeze(3).squeeze(2),
+    "means of rows, and a flatten of what is behind": lambda y: y.mean(2).unsqueeze(2).flatten(2).mean(2),
+    "other axes exchanged": lambda y: y.permute(0, 1, 3, 2).mean((2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_orders_go_through_what_leaves_channels_on_their_axis(name: str) -> None:
+    x, between = randn(2, 3, 8, 8), MEANS[name]
+    last, kept = nn.Linear(6, 4).double(), conv(6, 6, 3, 3, groups=3, bias=False)
+    front = Net(lambda m, x: m.last(between(m.order(m.first(x)))), first=conv(3, 6, 3, 3), order=order(6), last=last)
+    assert orders_in(absorbed(front, x)) == 0
+    front = Net(lambda m, x: m.order(between(m.first(x))), first=conv(3, 6, 3, 3), order=order(6))
+    assert orders_in(absorbed(front, x)) == 0
+    y = randn(2, 6, 8, 8)
+    behind = Net(lambda m, x: m.last(between(m.order(m.kept(x)))), kept=kept, order=order(6), last=last)
+    assert orders_in(absorbed(behind, y)) == 0
+
+
+def test_an_order_of_flattened_pixels_stays_where_it_mixes_channels() -> None:
+    net = Net(lambda m, x: m.order(m.first(x).flatten(1)).relu(), first=conv(3, 4, 3, 3), order=order(16))
+    assert "('flatten' is no layer that takes it)" in reason(net, randn(2, 3, 4, 4))
+    rows = Net(lambda m, x: m.last(m.order(x).flatten(1, 2)), order=order(4), last=conv(12, 5, 3))
+    assert orders_in(absorbed(rows, randn(2, 4, 3, 6))) == 1
+    steps = Net(lambda m, x: m.last(m.order(m.first(x)).flatten(2)), first=nn.Linear(5, 6).double(),
+                order=order(6, axis=2), last=nn.Linear(6, 4).double())  # fmt: skip
+    assert orders_in(absorbed(steps, randn(2, 3, 5))) == 0
+
+
 def test_linear_layers_take_orders_of_their_last_axis() -> None:
     first, last = nn.Linear(3, 6, dtype=torch.float64), nn.Linear(6, 4, dtype=torch.float64)
     assert orders_in(absorbed(nn.Sequential(first, nn.GELU(), order(6, 0, 2), last), randn(2, 5, 3))) == 0
