@@ -29,9 +29,11 @@ def fit_statistics(site: Site) -> LayerStats | None:
     return site.statistics() if site.pairs and site.layer.weight[0].numel() <= MOST_FEATURES else None
 
 
-def drafted(stages: Sequence[Tensor], weight: Tensor, gram: Tensor | None, groups: int, steps: int) -> list[Tensor]:
-    """Stages that start near the data, after so many joint steps; as they are without S, or where a fit takes none."""
-    if gram is None or not steps or too_large(weight):
+def drafted(
+    stages: Sequence[Tensor], weight: Tensor, gram: Tensor | None, groups: int, steps: int, *, near: bool = True
+) -> list[Tensor]:
+    """Stages after so many joint steps; as they are without S, or where `fitted` takes none, with the same `near`."""
+    if gram is None or not steps or (near and too_large(weight)):
         return list(stages)
     return refine(stages, weight, gram, groups, steps=steps, starts=1)
 
@@ -79,7 +81,7 @@ def fitted(
         stats: of the layer, whose weight [O, C/g, *k] and bias are given.
         start: from W* and S [g, F, F], the stages to start at.
         near: whether these are fitted to the data already. Then no random ones are tried beside them, which never ended
-            lower for a singular value decomposition.
+            lower for a singular value decomposition; and no steps are taken where one takes too long.
     """
 
     def fit(wanted: Tensor, gram: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -24,7 +24,6 @@ from ._convolutions import float64
 from ._grouping import held
 from ._ranks import Draft, RankedPass
 from ._stack_refining import squared_norm
-from .group_shuffle import GroupShuffle
 from .stack_kernels import StackKernels
 
 SHARES = [count / 24 for count in range(1, 24)]
@@ -217,7 +216,7 @@ class Pilot:
     def after(self, steps: int, sight: Sight) -> Pilot:
         """The same after joint steps, if they bring it nearer; and as it is where a fit would take none."""
         pass_ = self.choices[self.index][1]
-        if sight.gram is None or (too_large(sight.weight) and not isinstance(pass_, GroupShuffle)):
+        if sight.gram is None or (too_large(sight.weight) and not pass_.steps_if_large):
             return self
         error, draft = sight.draft(pass_, steps)
         return replace(self, error=error, draft=draft) if error < self.error else self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -65,6 +65,9 @@ class WidthPass(Pass):
 
 class RankedPass(WidthPass):
     """A pass that puts channels between two layers."""
+
+    steps_if_large: ClassVar[bool] = False
+    """Whether a fit takes joint steps however large the layer is, and so should a draft."""
 
     energy: float | None = Field(
         None,

@@ -61,6 +61,7 @@ class GroupShuffle(RankedPass):
         exact_when="rank gives each block as many channels as it has outputs, or as it sees; with style=permuted, no "
         "weight is between the groups"
     )
+    steps_if_large: ClassVar = True
 
     style: Literal["pointwise", "depthwise", "shuffle-unit", "permuted"] = Field(
         "pointwise", description="what stands for the layer: see above"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fxcompile.passes import Bottleneck, GroupShuffle, SplitKernels, StackKernels
+from fxcompile.passes._drafts import Pilot, Sight
 from fxcompile.passes._ranks import Draft, RankedPass
 from helpers import conv, images, outputs, with_layers
 from torch import Tensor, nn
@@ -102,3 +103,19 @@ def test_no_steps_are_taken_where_a_fit_takes_none(monkeypatch: pytest.MonkeyPat
     assert not torch.equal(before.weight, after.weight)
     monkeypatch.setattr("fxcompile.passes._chain_fitting._STEP", 1.0)
     assert torch.equal(pass_.draft(site, weight, gram, 12).weight, before.weight)
+
+
+@pytest.mark.parametrize("pass_", [StackKernels(rank=4), GroupShuffle(rank=0.4), Bottleneck(rank=0.4)], ids=str)
+def test_a_large_layer_s_pilot_takes_steps_where_its_fit_does(
+    pass_: RankedPass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stacks and shuffles are refined whatever the size; others start near the data, and stay there."""
+    layer, x = conv(8, 8, 5, 5, padding=2), images(12, 8, 9, 9)
+    sight = Sight(site_of(pass_, layer, x), layer.weight.detach(), gram_of(layer, x), 1.0, None)
+    monkeypatch.setattr("fxcompile.passes._chain_fitting._STEP", 1.0)
+    pilot = Pilot.of([(0.4, pass_)], sight)
+    after = pilot.after(5, sight)
+    if isinstance(pass_, Bottleneck):
+        assert after is pilot
+    else:
+        assert after.error < 0.98 * pilot.start

@@ -18,6 +18,7 @@ from test_stacking import brute_force, naive_compose, output_error, random_stage
 from torch import Tensor, nn
 
 from fxcompile import layer_stats
+from fxcompile.calibration import as_calibration
 from fxcompile.contracts import Approximate, Trained
 from fxcompile.errors import PipelineError, UsageError
 from fxcompile.manager import PassManager, Result
@@ -266,7 +267,7 @@ LEFT: dict[str, tuple[Any, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", LEFT)
 def test_it_leaves_and_says_why_before_anything_is_fitted(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, options, reason = LEFT[case]
-    monkeypatch.setattr(StackKernels, "rewrite", None)
+    monkeypatch.setattr(StackKernels, "candidates", None)
     x = randn(8, layer.in_channels, 12, 12)
     result = compiled(layer, StackKernels(**options), x, x)
     assert only_site(result).outcome == "left"
@@ -367,6 +368,16 @@ def test_data_make_outputs_nearer_and_weights_farther() -> None:
         weights.append(relative(dense, layer.weight))
     assert outputs[1] < 0.67 * outputs[0]
     assert weights[1] > weights[0]
+
+
+@pytest.mark.parametrize(("kernel", "seed"), [(5, 1), (5, 2), (7, 1)])
+def test_few_data_never_lose_to_the_weights(kernel: int, seed: int) -> None:
+    """Two samples, of which one is held out: a fit to the other is far off there, and does not stand."""
+    layer, x = conv(8, 8, kernel, kernel, padding=kernel // 2, seed=seed), images(2, 8, 8, 8, seed=seed)
+    _, held = as_calibration(x, trace(layer, x).inputs).split(seed=0)
+    ((unseen,),) = held.batches(len(x))
+    blind, fitted = (compiled(layer, StackKernels(rank=0.5), x, data).module(unseen) for data in (None, x))
+    assert relative(fitted, layer(unseen)) <= relative(blind, layer(unseen)) * (1 + 1e-9)
 
 
 def test_the_stated_error_holds_on_other_data() -> None:
