@@ -21,9 +21,8 @@ from fxcompile.rewriting import Site
 
 from ._chain_fitting import MOST_FEATURES, too_large
 from ._convolutions import float64
-from ._grouping import held
 from ._ranks import Draft, RankedPass
-from ._stack_refining import squared_norm
+from ._stack_refining import held, squared_norm
 from .stack_kernels import StackKernels
 
 SHARES = [count / 24 for count in range(1, 24)]

@@ -22,9 +22,9 @@ from torch import Tensor, linalg
 from fxcompile.fitting import leading_outputs
 
 from ._separable import low_rank
-from ._stack_refining import Coordinates, cholesky_factor, descend, squared_norm, with_diagonal
+from ._stack_refining import Coordinates, cholesky_factor, descend, squared_norm
 
-_RIDGE, _DAMPING = 1e-2, 1e-10
+_DAMPING = 1e-10
 _FLOPS, _STEPS, _ROUND, _ENOUGH = 2e11, (12, 120), 30, 0.99
 
 
@@ -56,12 +56,6 @@ def singular_values(weight: Tensor, ins: int, outs: int) -> Tensor:
     """[G, min]: of all blocks of a group together, the root of the sum of their squares, largest first."""
     values: Tensor = linalg.svdvals(blocks(weight, ins, outs))
     return values.square().sum((1, 2)).sqrt()
-
-
-def held(gram: Tensor) -> Tensor:
-    """S [G, F, F] with a hundredth of its mean diagonal added, to hold a fit near the weight where S says little."""
-    level = gram.diagonal(dim1=1, dim2=2).mean(1)
-    return with_diagonal(gram, torch.where(level > 0, _RIDGE * level, 1.0))
 
 
 def lost(pair: Pair, weight: Tensor, gram: Tensor | None = None) -> float:

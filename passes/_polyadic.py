@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, linalg
 
 from . import _separable as separable
-from ._stack_refining import cholesky_factor
+from ._stack_refining import cholesky_factor, held
 
 _SWEEPS, _FEWEST, _TRIAL, _STARTS, _ENOUGH = 300, 5, 30, 4, 1e-5
 _WORK = 3e10
@@ -30,7 +30,7 @@ _RIDGES = (1e-10, 1e-4, 1e-3, 1e-2, 1e-1)
 _CANCELLING = 10.0
 """How large all terms may be together, beside the weight: where they cancel, float32 would lose as many digits."""
 
-_RIDGE, _DAMPING = 1e-2, 1e-4
+_DAMPING = 1e-4
 _STEPS, _ROUND, _ENOUGH_STEPS = (12, 120), 30, 0.99
 
 
@@ -68,8 +68,7 @@ def refined_terms(factors: Sequence[Tensor], weight: Tensor, gram: Tensor, steps
     In rounds: the best `outer`, then L-BFGS on all factors, each in coordinates in which its own Hessian would be the
     identity if S were a product over the axes. `steps` is by default what a fixed amount of arithmetic allows.
     """
-    level = gram.diagonal(dim1=1, dim2=2).mean(1)
-    moments = gram + torch.diag_embed(torch.where(level > 0, _RIDGE * level, 1.0)[:, None].expand(gram.shape[:2]))
+    moments = held(gram)
     work = 2.0 * weight.numel() * (gram.shape[2] + 3 * factors[0].shape[2])
     steps = steps or min(max(int(_WORK / work), _STEPS[0]), _STEPS[1])
     total = (weight.flatten(2) @ moments * weight.flatten(2)).sum().clamp_min(1e-300)

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from fxcompile import chains
 
+from ._ranks import rounded_down
+
 
 def stage_kernels(kernel: Sequence[int]) -> list[tuple[int, ...]]:
     """Kernel of each stage: (5, 7) -> (3, 3), (3, 3), (1, 3). An axis that needs fewer stages ends with ones."""
@@ -65,7 +67,7 @@ def widths_for(
     """
     kernels = stage_kernels(weight_shape[2:])
     if isinstance(rank, int):
-        width = max(1, rank // groups) * groups
+        each = rank // groups
     else:
         outputs, inputs = weight_shape[0] // groups, weight_shape[1]
         maps = stage_maps(weight_shape[2:], padded_size, out_size, dilation)
@@ -73,9 +75,8 @@ def widths_for(
         budget = rank * math.prod(out_size) * math.prod(weight_shape) / groups
         square, linear = sum(sizes[1:-1]), sizes[0] * inputs + sizes[-1] * outputs
         exact = (math.sqrt(linear**2 + 4 * square * budget) - linear) / (2 * square) if square else budget / linear
-        width = max(1, math.floor(exact + 1e-9)) * groups
-    unit = math.lcm(groups, round_to)
-    return [width // unit * unit or width] * (len(kernels) - 1)
+        each = math.floor(exact + 1e-9)
+    return [rounded_down(each, groups, round_to) * groups] * (len(kernels) - 1)
 
 
 def stack_macs(

@@ -23,6 +23,9 @@ from fxcompile.layers import is_finite
 from ._stack_algebra import cut, split
 from ._stack_fitting import balance, chain, crop, spectrum, taps
 
+RIDGE = 1e-2
+"""The share of the mean diagonal of S that holds every fit near the dense weight."""
+
 _FLOPS, _STEPS, _ROUND, _ENOUGH = 2e11, (12, 120), 30, 0.99
 _STARTS, _TRIAL, _DAMPING = 256, 60, 1e-4
 
@@ -32,7 +35,7 @@ def refine(
     weight: Tensor,
     gram: Tensor,
     groups: int = 1,
-    ridge: float = 1e-2,
+    ridge: float = RIDGE,
     steps: int | None = None,
     starts: int | None = None,
 ) -> list[Tensor]:
@@ -45,11 +48,10 @@ def refine(
     is by default what a fixed amount of arithmetic allows, between 12 and 120. Meant for F up to 4608.
     """
     target = split(weight, groups)
-    moments = gram.detach().double().reshape(groups, target[0, 0].numel(), -1).clone()
+    moments = gram.detach().double().reshape(groups, target[0, 0].numel(), -1)
     if not is_finite(moments):
         raise ValueError("the second moments hold values that are not finite")
-    level = moments.diagonal(dim1=1, dim2=2).mean(1)
-    moments.diagonal(dim1=1, dim2=2).add_(torch.where(level > 0, ridge * level, 1.0)[:, None])
+    moments = held(moments, ridge)
     problem = _Problem(target, moments)
     steps = steps or min(max(int(_FLOPS / (2.0 * target.numel() * moments.shape[2])), _STEPS[0]), _STEPS[1])
     found = given = [split(x, groups) for x in stages]
@@ -222,6 +224,12 @@ def cholesky_factor(gram: Tensor, damping: float, level: Tensor | None = None) -
         if not bool(failed.any()):
             return factor
         damping *= 100
+
+
+def held(gram: Tensor, ridge: float = RIDGE) -> Tensor:
+    """S [g, F, F] with a share of its mean diagonal added, to hold a fit near the weight where S says little."""
+    level = gram.diagonal(dim1=1, dim2=2).mean(1)
+    return with_diagonal(gram, torch.where(level > 0, ridge * level, 1.0))
 
 
 def with_diagonal(gram: Tensor, added: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from fxcompile.rewriting import Replacement, Site, Skip
 
 from ._chain_fitting import fit_statistics, fitted_by
 from ._convolutions import channel_axis, convolution, float64, why_tied
-from ._grouping import Pair, by_group, compose, held, lost, nearest_pair, refined, singular_values
+from ._grouping import Pair, by_group, compose, lost, nearest_pair, refined, singular_values
 from ._permuting import Arrangement, as_they_stand, searched, within
 from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_up
 from ._reordering import reorder, shuffle
-from ._stack_refining import squared_norm
+from ._stack_refining import held, squared_norm
 
 MOST_GROUPS = 8
 """Of those to choose from. At equal cost 4 to 8 came nearest on trained layers of 32 to 128 channels, 3x3 and 5x5."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fxcompile.passes import GroupShuffle
 from fxcompile.passes import _grouping as grouping
+from fxcompile.passes._stack_refining import held
 from helpers import (
     MODES,
     Net,
@@ -243,7 +244,7 @@ def test_data_make_it_much_better_on_inputs_not_seen(style: str) -> None:
 def test_the_joint_fit_is_nearer_than_what_it_starts_at() -> None:
     weight, x = randn(2, 8, 36), images(40, 8, 8, 8)
     rows = patches(conv(8, 16, 3, 3, groups=2), x)
-    gram = grouping.held(torch.einsum("ngf,ngh->gfh", rows, rows) / len(rows))
+    gram = held(torch.einsum("ngf,ngh->gfh", rows, rows) / len(rows))
     for ins, outs in ((2, 1), (4, 1), (2, 2)):
         start = grouping.nearest_pair(weight, ins, outs, 2, gram)
         joint = grouping.refined(start, weight, gram)
