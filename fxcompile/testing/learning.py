@@ -31,7 +31,7 @@ from fxcompile.tracing import trace
 PLAIN = 80
 """Plain networks to look at; more, up to `MOST` and with more that is unusual, while nothing was found."""
 
-MOST = 400
+MOST = 240
 
 PLANTED = 30
 """Networks with what was found in plain ones to look at; more, up to `MOST_PLANTED`, while that was no site."""
