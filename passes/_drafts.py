@@ -116,13 +116,17 @@ def prospects(planning: Planning, name: str, sites: Sequence[tuple[Site, Sequenc
         except FitError as unfit:
             prospect.reason = f"it could not be fitted: {unfit.problem}"
             continue
-        change = error = math.nan
+        felt = [importance(math.nan, math.nan, prospect.size)]
         lossy = [pilot for pilot in pilots if pilot.error > nothing]  # what others change is rounding
         if lossy:
             best = min(lossy, key=lambda pilot: pilot.error)
-            changed = sight.outputs_of(best.draft.weight, xs[: len(probes)])
-            change, error = distance_between(walk.fork(site.node, changed).outputs(), wanted), best.error
-        prospect.weight = len(calls[id(site.layer)]) * importance(change, error, prospect.size)
+            felt = []
+            # A few channels leave errors that are alike all over a map: what averages small ones out keeps these.
+            for error, draft in ((best.error, best.draft), sight.draft(best.choices[0][1])):
+                changed = sight.outputs_of(draft.weight, xs[: len(probes)])
+                change = distance_between(walk.fork(site.node, changed).outputs(), wanted)
+                felt.append(importance(change, error, prospect.size))
+        prospect.weight = len(calls[id(site.layer)]) * max(felt)
     return found
 
 

@@ -208,7 +208,8 @@ def _design(kernel: Tensor, reach: Sequence[int]) -> Tensor:
 
 
 def cholesky_factor(gram: Tensor, damping: float, level: Tensor | None = None) -> Tensor:
-    """Cholesky factor of `gram` [g, n, n], semidefinite but for rounding, with `damping` of a level added, or more.
+    """Cholesky factor of `gram` [g, n, n], semidefinite but for rounding, with `damping` of a level added, or more;
+    the identity where there is none, as of inputs that are always zero.
 
     Args:
         level: [g], by default the mean diagonal; where `gram` is a small difference, that of what it is one of.
@@ -220,7 +221,7 @@ def cholesky_factor(gram: Tensor, damping: float, level: Tensor | None = None) -
     level = gram.diagonal(dim1=1, dim2=2).mean(1) if level is None else level
     while True:
         factor: Tensor
-        factor, failed = linalg.cholesky_ex(with_diagonal(gram, damping * level + 1e-300))
+        factor, failed = linalg.cholesky_ex(with_diagonal(gram, torch.where(level > 0, damping * level, 1.0)))
         if not bool(failed.any()):
             return factor
         damping *= 100
