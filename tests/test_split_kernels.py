@@ -492,3 +492,17 @@ def test_the_metric_of_the_inputs_brings_the_pair_nearer_in_their_norm() -> None
         assert float((lacks @ gram * lacks).sum()) <= errors[0] * (1 + 1e-9)
         gains.append(errors[0] / errors[1])
     assert max(gains) < 1
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_inputs_that_are_always_zero_do_not_hinder_the_others(activation: str) -> None:
+    """A dead ReLU ahead of a depthwise layer, and of one whose first group it feeds alone."""
+    for groups in (2, 8):
+        model = nn.Sequential(conv(3, 8, 1, 1), nn.ReLU(), conv(8, 8, 5, 5, groups=groups, padding=2)).eval()
+        with torch.no_grad():
+            model[0].bias[: 8 // groups] = -100.0
+        pass_ = SplitKernels(rank=1.0, activation=activation, min_saving=None, round_to=1)
+        result = PassManager([pass_], calibration=images(64, 3, 12, 12)).run(trace(model, images(2, 3, 12, 12)))
+        site = next(site for site in result.record.passes[0].sites if site.name == "2")
+        assert (site.outcome, site.reason) == ("kept", "")
+        assert site.error < 0.5

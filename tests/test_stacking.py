@@ -699,3 +699,11 @@ def test_refining_is_repeatable() -> None:
     start = stack(weight, [4])
     first, again = (refine(start, weight.float(), rows.mT @ rows) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_the_factor_of_nothing_is_the_identity() -> None:
+    """A group whose inputs are always zero has no scale of its own."""
+    gram = torch.stack([torch.zeros(3, 3), 4 * torch.eye(3)]).double()
+    factor = refining.cholesky_factor(gram, 1e-10)
+    assert torch.equal(factor[0], torch.eye(3).double())
+    torch.testing.assert_close(factor[1], 2 * torch.eye(3).double(), rtol=1e-9, atol=0)
