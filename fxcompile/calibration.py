@@ -48,6 +48,12 @@ class Calibration:
         held = min(max(round(count * held_out), 1), count - 1)
         return self._take(order[held:].sort().values), self._take(order[:held].sort().values)
 
+    def held_out_text(self, count: int) -> str:
+        """What so many samples of the second part are, in words."""
+        if len(self) == 1:
+            return "the one calibration sample, which was fitted to as well"
+        return f"{count} held-out calibration samples"
+
     def limit(self, samples: int) -> Calibration:
         """At most that many samples, evenly spaced."""
         if samples >= len(self):

@@ -283,7 +283,7 @@ class Run:
             _, held = self.data.split(seed=self.seed)
             held = limited(held, 256, self.program)
             batches = full_batches(held, self.program)
-            what = f"{len(held)} held-out calibration samples"
+            what = self.data.held_out_text(len(held))
         else:
             batches, what = [synthetic_batch(self.original, self.seed)], "random inputs (no calibration data)"
         distances = [Distance() for _ in self.program.output_names]

@@ -107,7 +107,7 @@ def held_out(data: Calibration, program: Program, samples: int, seed: int) -> Ya
     of_batch = sum(map(node_bytes, output_node(program.graph).all_input_nodes))
     most = MEMORY * count_samples(program) // max(4 * of_batch, 1)
     batches = batches_of(limited(held, max(min(samples, most), 1), program), program)
-    return Yardstick(program, batches, f"{_count(batches)} held-out calibration samples")
+    return Yardstick(program, batches, data.held_out_text(_count(batches)))
 
 
 def batches_of(data: Calibration, program: Program) -> list[tuple[Tensor, ...]]:

@@ -450,6 +450,12 @@ def test_the_error_of_a_pass_is_that_of_the_worst_output() -> None:
     assert report.error > 0.05  # type: ignore[operator]
 
 
+def test_a_single_calibration_sample_is_not_called_held_out(program: Program) -> None:
+    data = torch.randn(1, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+    (report,) = PassManager([Lossy()], calibration=data).run(program).record.passes
+    assert report.measured_on == "the one calibration sample, which was fitted to as well"
+
+
 def test_a_glob_that_matches_no_layer_is_noted() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2)).eval()
     record = PassManager("stack-kernels(skip=[nothere], only=[0])").run(trace(model, torch.randn(2, 3, 9, 9))).report()
