@@ -418,7 +418,7 @@ CALIBRATIONS: dict[str, Case] = {
 
 PASSES: dict[str, Case] = {
     "unknown pass": Case("net.pt2 --passes fold-batchnrom", "column 1|did you mean 'fold-batchnorm'?", 2),
-    "unlike any": Case("net.pt2 --passes zzz", "eliminate-identity, fold-batchnorm", 2),
+    "unlike any": Case("net.pt2 --passes zzz", "eliminate-identity|fold-batchnorm", 2),
     "unknown option": Case("net.pt2 --passes stack-kernels(rnak=0.5)", "column 15|did you mean 'rank'?", 2),
     "option of another kind": Case("net.pt2 --passes stack-kernels(rank=big)", "column 15|cannot be big|a number", 2),
     "out of bounds": Case("net.pt2 --passes stack-kernels(rank=-1)", "cannot be -1|above 0", 2),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import explicit_padding
+import hypothesis
 import pytest
 from explicit_padding import ExplicitPadding, OneSide
 from rich.console import Console
@@ -43,6 +44,16 @@ def test_a_right_pass_is_held_for_as_many_rounds_as_wanted(tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.py"))
 
 
+@pytest.fixture
+def random_draws() -> Iterator[None]:
+    """Hypothesis's own default, as tools/fuzz has it: its profile for CI keeps nothing."""
+    before = hypothesis.settings.get_current_profile_name()
+    hypothesis.settings.load_profile("default")
+    yield
+    hypothesis.settings.load_profile(before)
+
+
+@pytest.mark.usefixtures("random_draws")
 def test_a_wrong_pass_is_told_with_the_file_that_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, printed = run([OneSide(), ExplicitPadding()], tmp_path)
     assert not held

