@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,3 +57,13 @@ class Distance:
             return 0.0
         share = self.difference / self.total
         return share if self.counts else float(share**0.5)
+
+
+def distances(ours: Iterable[Sequence[Tensor]], theirs: Iterable[Sequence[Tensor]]) -> list[Distance]:
+    """How far each output of one computation is from another's, over batches of outputs that are taken one by one."""
+    found: list[Distance] = []
+    for given, wanted in zip(ours, theirs, strict=True):
+        found = found or [Distance() for _ in wanted]
+        for distance, a, b in zip(found, given, wanted, strict=True):
+            distance.add(a, b)
+    return found

@@ -15,7 +15,7 @@ from fxcompile.calibration import Calibration
 from fxcompile.comparing import Broken
 from fxcompile.contracts import Exact, Trained
 from fxcompile.cost import Cost, nodes_cost, program_cost, samples
-from fxcompile.distance import Distance
+from fxcompile.distance import distances
 from fxcompile.drawing import Case, Inputs, cases, draw, most_samples, search
 from fxcompile.errors import ContractError, FitError, did_you_mean
 from fxcompile.exactness import broken_case
@@ -286,13 +286,9 @@ class Run:
             what = self.data.held_out_text(len(held))
         else:
             batches, what = [synthetic_batch(self.original, self.seed)], "random inputs (no calibration data)"
-        distances = [Distance() for _ in self.program.output_names]
-        for batch in batches:
-            pairs = zip(self.program.outputs(*batch), self.original.outputs(*batch), strict=True)
-            for distance, (ours, wanted) in zip(distances, pairs, strict=True):
-                if wanted.is_floating_point() or wanted.is_complex():
-                    distance.add(ours, wanted)
-        return max((distance.value for distance in distances), default=0.0), what
+        ours = (self.program.outputs(*batch) for batch in batches)
+        wanted = (self.original.outputs(*batch) for batch in batches)
+        return max((item.value for item in distances(ours, wanted) if not item.counts), default=0.0), what
 
     def _roll_back(
         self, pass_: Pass, snapshot: Program, report: PassReport, kept: list[str], broken: tuple[Case, str]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxcompile.calibration import Calibration
 from fxcompile.cost import samples as count_samples
-from fxcompile.distance import Distance
+from fxcompile.distance import Distance, distances
 from fxcompile.errors import CalibrationError
 from fxcompile.program import Program, output_node
 from fxcompile.rounding import NOISE, run_double, run_noisy
@@ -74,11 +74,8 @@ class Yardstick:
 
     def between(self, ours: Outputs, theirs: Outputs) -> Errors:
         """The error of each output of one computation against another's."""
-        distances = [Distance() for _ in self.program.output_names]
-        for given, wanted in zip(ours, theirs, strict=True):
-            for distance, a, b in zip(distances, given, wanted, strict=True):
-                distance.add(a, b)
-        return {name: item.value for name, item in zip(self.program.output_names, distances, strict=True)}
+        found = distances(ours, theirs)
+        return {name: item.value for name, item in zip(self.program.output_names, found, strict=True)}
 
     def errors(self, program: Program) -> Errors:
         """The error of each output of a program against the original's."""

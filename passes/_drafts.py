@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from fxcompile.distance import Distance
+from fxcompile.distance import distances
 from fxcompile.errors import FitError
 from fxcompile.fitting import enough_rows, row_count
 from fxcompile.layer_stats import LayerStats, check_finite, grouped, mean_output
@@ -318,12 +318,7 @@ def between(share: float, shares: Sequence[float], errors: Sequence[float], size
 
 def distance_between(ours: Sequence[Sequence[Tensor]], theirs: Sequence[Sequence[Tensor]]) -> float:
     """The sum over outputs of the squared relative error; outputs that hold no fractions do not count."""
-    distances = [Distance() for _ in theirs[0]]
-    for given, wanted in zip(ours, theirs, strict=True):
-        for distance, a, b in zip(distances, given, wanted, strict=True):
-            if b.is_floating_point():
-                distance.add(a, b)
-    return sum(distance.value**2 for distance in distances)
+    return sum(item.value**2 for item in distances(ours, theirs) if not item.counts)
 
 
 def importance(change: float, error: float, size: float) -> float:

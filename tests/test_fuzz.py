@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import explicit_padding
-import hypothesis
 import pytest
 from explicit_padding import ExplicitPadding, OneSide
 from rich.console import Console
@@ -42,15 +41,6 @@ def test_a_right_pass_is_held_for_as_many_rounds_as_wanted(tmp_path: Path) -> No
     assert "held         80 networks" in printed
     assert "explicit-padding" in printed
     assert not list(tmp_path.glob("*.py"))
-
-
-@pytest.fixture
-def random_draws() -> Iterator[None]:
-    """Hypothesis's own default, as tools/fuzz has it: its profile for CI keeps nothing."""
-    before = hypothesis.settings.get_current_profile_name()
-    hypothesis.settings.load_profile("default")
-    yield
-    hypothesis.settings.load_profile(before)
 
 
 @pytest.mark.usefixtures("random_draws")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import explicit_padding as passes
-import hypothesis
 import pytest
 import torch
 from explicit_padding import ExplicitPadding
@@ -261,15 +260,6 @@ def test_an_author_can_say_what_makes_a_site() -> None:
     rare = Recipe((Step("convolution", (("kernel", 7), ("dilation", 3), ("padding", "half"))),))
     summary = check_pass(RareSite(), examples=60, seed=0, sites=[rare], onnx_examples=0)
     assert summary.with_sites > 5
-
-
-@pytest.fixture
-def random_draws() -> Iterator[None]:
-    """Hypothesis's own default, where CI would have it draw the same each time and keep nothing."""
-    before = hypothesis.settings.get_current_profile_name()
-    hypothesis.settings.load_profile("default")
-    yield
-    hypothesis.settings.load_profile(before)
 
 
 @pytest.mark.usefixtures("random_draws")

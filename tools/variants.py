@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxcompile as fxc
-from fxcompile.distance import Distance
+from fxcompile.distance import distances
 from fxcompile.program import flatten_tensors
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -141,10 +141,7 @@ def pipelines(heads: str) -> Iterator[str]:
 
 def error(ours: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """Relative L2 error of the worst output."""
-    distances = [Distance() for _ in wanted]
-    for distance, mine, other in zip(distances, ours, wanted, strict=True):
-        distance.add(mine, other)
-    return max(distance.value for distance in distances)
+    return max(item.value for item in distances([ours], [wanted]))
 
 
 def measure(subject: Subject, text: str, folder: Path, before: Session, wanted: Sequence[Tensor]) -> Row:
