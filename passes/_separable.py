@@ -104,10 +104,11 @@ def input_metric(gram: Tensor, inputs: int, kernel: Sequence[int], axes: Sequenc
     both = gram.reshape(groups, inputs, *kernel, inputs, *kernel)
     both = both.permute(0, *(1 + item for item in order), *(2 + dims + item for item in order))
     blocks = both.reshape(groups, near, far, near, far).permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)
-    of_taps = blocks @ blocks.mT  # [g, far * far, far * far]: alternation is power iteration on this
+    short = far <= near  # [g, far * far, far * far]: alternation is power iteration on this
+    of_taps = blocks @ blocks.mT if short else None
     others = torch.eye(far, dtype=gram.dtype).reshape(1, 1, -1).expand(groups, -1, -1) / far
     for _ in range(_ROUNDS):
-        others = others @ of_taps
+        others = others @ of_taps if of_taps is not None else others @ blocks @ blocks.mT
         others = others / others[:, :, :: far + 1].sum(2, keepdim=True).clamp_min(1e-300)
     metric: Tensor = (others @ blocks).unflatten(2, (near, near)).squeeze(1)
     return (metric + metric.mT) / 2

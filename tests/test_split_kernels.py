@@ -506,3 +506,13 @@ def test_inputs_that_are_always_zero_do_not_hinder_the_others(activation: str) -
         site = next(site for site in result.record.passes[0].sites if site.name == "2")
         assert (site.outcome, site.reason) == ("kept", "")
         assert site.error < 0.5
+
+
+def test_the_metric_is_the_nearest_kronecker_product_however_large_the_kernel() -> None:
+    """7 x 7 x 7 of two channels: what is iterated on would hold 343**4 numbers if it were formed."""
+    for inputs, kernel in ((2, (7, 7, 7)), (2, (2, 2)), (5, (2, 2))):
+        near, far = randn(inputs, 9, seed=1), randn(math.prod(kernel), 400, seed=2)
+        metric, other = (part @ part.mT for part in (near, far))
+        gram = torch.einsum("cd,ij->cidj", metric, other).reshape(1, inputs * len(other), -1)
+        found = separable.input_metric(gram, inputs, kernel, ())
+        torch.testing.assert_close(found[0], metric * other.square().sum() / other.trace(), rtol=1e-9, atol=1e-9)
