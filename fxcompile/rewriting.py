@@ -184,6 +184,20 @@ class Pass(BaseModel):
             return False
         return not any(fnmatch.fnmatchcase(name, glob) for glob in self.skip)
 
+    def too_little(self, saving: float | None) -> str | None:
+        """Why a site that would save this share of its MACs is left, or None; with `min_saving=0`, one that saves none.
+
+        Args:
+            saving: less than 0 if it would cost more; None where there are no MACs that could be saved.
+        """
+        saved, wanted = saving or 0.0, self.min_saving
+        if wanted is None or saved > max(wanted, 1e-9) or (saved >= wanted and (wanted != 0 or saving is None)):
+            return None
+        if saved < -1e-9:
+            return f"it would cost {-saved:.0%} more MACs than it does, against min_saving={wanted:g}"
+        share = f"{saved:.0%}" if saved > 1e-9 else "none"
+        return f"it would save {share} of its MACs, {'below' if wanted > 0 else 'against'} min_saving={wanted:g}"
+
     def options(self, complete: bool = False) -> dict[str, Any]:
         """The options that were given, at their defaults or not; all of them if it is to be complete."""
         fields = type(self).model_fields

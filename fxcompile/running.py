@@ -172,10 +172,11 @@ class Run:
         for choice in _choices(pass_, site, data) if known is None else [known[0]]:
             tried.append((choice, fragment_of(site, choice)))
             report.after = _cost(tried[-1][1], batch)
-            saving = 1 - report.after.macs / report.before.macs if report.before.macs else 0.0
-            if pass_.min_saving is not None and saving < pass_.min_saving:
-                report.reason = f"it would save {saving:.0%} of its MACs, below min_saving={pass_.min_saving:g}"
-            elif known is not None:
+            saving = 1 - report.after.macs / report.before.macs if report.before.macs else None
+            report.reason = pass_.too_little(saving) or ""
+            if report.reason:
+                continue
+            if known is not None:
                 fits.append(known)
             else:
                 fits.append((choice, None) if data is None else data.fit(site, choice, solve=pass_.refit))

@@ -39,7 +39,9 @@ class WidthPass(Pass):
         description="round the channels between down (with energy up) to a multiple of this, where that leaves any; by "
         "default to 8 if rank is a share, since ONNX Runtime computes channels in blocks of 8 or 16",
     )
-    min_saving: float | None = Field(0.0, le=1, description="smallest share of its MACs that a site must save")
+    min_saving: float | None = Field(
+        0.0, le=1, description="smallest share of its MACs that a site must save; with 0 some"
+    )
 
     def rewrite(self, site: Site) -> Replacement:
         """The last of the candidates, which knows the most: the data if there are any, else the weights.
@@ -114,10 +116,8 @@ class RankedPass(WidthPass):
         """Why layers that cost this share of the MACs of a site's layer, which has so many groups, are not worth it."""
         if not self.by_weight and isinstance(self.rank, float) and share > self.rank * (1 + 1e-9):
             a_group = " a group" if groups > 1 else ""
-            return f"one channel{a_group} between costs {share:.0%} of its MACs already, above rank={self.rank:g}"
-        if self.min_saving is not None and 1 - share < self.min_saving:
-            return f"it would save {1 - share:.0%} of its MACs, below min_saving={self.min_saving:g}"
-        return None
+            return f"one channel{a_group} between costs {share:.0%} of its MACs already, above rank={self.rank:.3g}"
+        return self.too_little(1 - share)
 
 
 def rank_for(rank: float, unit: float, dense: float, groups: int, round_to: int) -> int:

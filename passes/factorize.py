@@ -40,6 +40,9 @@ never as near as the same groups without a shuffle, `style=permuted` is the fart
 to draft `style=cp` takes longer than all others together.
 """
 
+WAYS = ("style", "arrangement", "merge")
+"""The options that say which way of a pass it is."""
+
 CONTENDERS, NEAR = (3, 2), 1.5
 """So many ways at most are fitted to a layer, and to one of which each takes long, and held against each other on
 held-out data: those whose squared error was drafted to be within this factor of the least.
@@ -85,7 +88,9 @@ class Factorize(Pass):
     round_to: int | None = Field(
         None, ge=1, description="round channels between layers down to a multiple of this; by default to 8"
     )
-    min_saving: float | None = Field(0.0, le=1, description="smallest share of its MACs that a site must save")
+    min_saving: float | None = Field(
+        0.0, le=1, description="smallest share of its MACs that a site must save; with 0 some"
+    )
 
     _plan: Mapping[str, Sequence[RankedPass] | str] | None = PrivateAttr(None)
     """For each site the passes to try, or the reason why it stays."""
@@ -111,12 +116,12 @@ class Factorize(Pass):
         """The sites in the order of the graph, each with the styles that serve it."""
         found: dict[str, Site] = {}
         styles: dict[str, list[Style]] = {}
-        reasons: dict[str, dict[str, str]] = {}
+        reasons: dict[str, list[tuple[RankedPass, str]]] = {}
         for style in self.styles():
             pass_ = style(SHARES[-1])
             for item in pass_.sites(program):
                 if isinstance(item, Skip):
-                    reasons.setdefault(item.name, {}).setdefault(item.reason, pass_.name)
+                    reasons.setdefault(item.name, []).append((pass_, item.reason))
                 elif serves(pass_, item):
                     found[item.name] = item
                     styles.setdefault(item.name, []).append(style)
@@ -274,8 +279,24 @@ class Bill:
         return [option.pass_ for option in nearest if option.error <= NEAR * nearest[0].error][:most]
 
 
-def worded(reasons: Mapping[str, str]) -> str:
-    """Why no pass serves a layer: one reason, or that of each pass."""
-    if len(reasons) == 1:
-        return next(iter(reasons))
-    return "; ".join(f"{name}: {reason}" for reason, name in reasons.items())
+def worded(reasons: Sequence[tuple[RankedPass, str]]) -> str:
+    """Why no pass serves a layer: one reason, or each with those that give it, which say their style if others of the
+    same pass give another.
+    """
+    found = dict.fromkeys(reason for _, reason in reasons)
+    if len(found) == 1:
+        return next(iter(found))
+    parts = []
+    for reason in found:
+        who = []
+        for pass_, _ in (item for item in reasons if item[1] == reason):
+            alike = all(other == reason for item, other in reasons if item.name == pass_.name)
+            who.append(pass_.name if alike else label(pass_))
+        parts.append(f"{', '.join(dict.fromkeys(who))}: {reason}")
+    return "; ".join(parts)
+
+
+def label(pass_: RankedPass) -> str:
+    """A pass with the options that say which way it is, as in a pipeline's text."""
+    ways = [f"{option}={getattr(pass_, option)}" for option in WAYS if hasattr(pass_, option)]
+    return f"{pass_.name}({', '.join(ways)})"

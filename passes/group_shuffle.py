@@ -107,7 +107,7 @@ class GroupShuffle(RankedPass):
         channels = f"{inputs} inputs" if self.style == "pointwise" else f"{inputs} inputs and {outputs} outputs"
         wanted = f"any number of groups from 2 to {MOST_GROUPS}"
         if self.style == "permuted":
-            wanted = f"{self.least_groups} groups or more, as rank={self.rank:g} wants"
+            wanted = f"{self.least_groups} groups or more, as rank={self.rank:.3g} wants"
         return f"its {channels}{each} do not fall into {self.groups or wanted}"
 
     @property

@@ -125,7 +125,7 @@ class ReduceGrid(WidthPass):
         if share <= self.rank * (1 + 1e-9):
             return None
         few = f"{low * grid.groups} channels, the fewest there can be, beside the pooling"
-        return f"a convolution of {few} costs {share:.0%} of its MACs, above rank={self.rank:g}"
+        return f"a convolution of {few} costs {share:.0%} of its MACs, above rank={self.rank:.3g}"
 
     def width(self, grid: Grid) -> int:
         """Channels of the convolution for each group."""

@@ -315,7 +315,7 @@ def test_layers_that_have_no_such_form_are_left_with_a_reason() -> None:
     x = randn(2, 4, 9, 9)
     assert skips(conv(4, 4, 2, 2, padding="same"), x, activation="relu", rank=1)[0].startswith("it pads unevenly")
     assert skips(conv(4, 4, 3, 3, groups=4), x)[0].startswith("one channel a group between costs")
-    assert skips(conv(4, 4, 3, 3), x, rank=4) == ["it would save -29% of its MACs, below min_saving=0"]
+    assert skips(conv(4, 4, 3, 3), x, rank=4) == ["it would cost 29% more MACs than it does, against min_saving=0"]
     net = Net(lambda m, x: m.first(x) + m.second(x.flip(2)), first=conv(4, 4, 3, 3), second=conv(4, 4, 3, 3))
     net.second.weight = net.first.weight
     assert skips(net, x, rank=1)[0] == "it shares its weight with 'second', which would keep it"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fxcompile.passes import Bottleneck, Factorize, GroupShuffle, SplitKernels, StackKernels
+from fxcompile.passes import Bottleneck, Factorize, GroupShuffle, SplitKernels, StackKernels, factorize
 from fxcompile.passes import _drafts as drafts
 from fxcompile.passes._ranks import Draft, RankedPass
 from helpers import Net, assert_text_means_the_same, conv, images, outputs, randn, relative, with_layers
@@ -210,8 +210,27 @@ def test_a_layer_that_no_variant_serves_is_left_with_their_reasons() -> None:
     net.third.weight = net.first.weight
     reasons = {site.name: site.reason for site in factorized(net, x, x).record.passes[0].sites}
     assert reasons["first"] == "it shares its weight with 'third', which would keep it"
-    assert reasons["second"].startswith("bottleneck: one channel a group between costs")
+    assert reasons["second"].startswith("bottleneck(style=tucker): one channel a group between costs 167%")
     assert "; group-shuffle: it has one input in each of its groups" in reasons["second"]
+
+
+def test_reasons_of_two_styles_of_a_pass_name_the_style() -> None:
+    x = images(16, 8, 9, 9)
+    found = factorized(conv(8, 8, 3, 3), x, x, variants=["group-shuffle"], skip=[])
+    assert found.record.passes[0].sites[0].outcome == "kept"
+    passes = [Bottleneck(), Bottleneck(style="inception"), GroupShuffle(style="depthwise"), GroupShuffle()]
+    assert factorize.worded(list(zip(passes, "aaaa", strict=True))) == "a"
+    assert factorize.worded(list(zip(passes, "aabb", strict=True))) == "bottleneck: a; group-shuffle: b"
+    assert factorize.worded(list(zip(passes, "abbb", strict=True))) == (
+        "bottleneck(style=tucker): a; bottleneck(style=inception), group-shuffle: b"
+    )
+
+
+def test_shares_are_rounded_in_reasons() -> None:
+    x = images(16, 8, 9, 9)
+    (site,) = factorized(conv(8, 8, 1, 3, padding=(0, 1), groups=8), x, x).record.passes[0].sites
+    assert "MACs already, above rank=0.958" in site.reason
+    assert "rank=0.9583" not in site.reason
 
 
 def test_a_layer_whose_weights_are_not_finite_is_left_with_the_reason() -> None:
@@ -453,6 +472,26 @@ def test_all_calls_of_a_layer_count_in_its_weight() -> None:
     worse.same.weight.data += 0.1 * randn(8, 8, 3, 3, seed=5)
     error = float((outputs(worse.same, x[:, :8]) - ones).square().sum()) / (ones.numel() / 8)
     assert found.weight == pytest.approx(relative(outputs(worse, x), wanted) ** 2 / error, rel=0.2)
+
+
+def test_a_layer_before_a_global_average_is_measured_at_few_channels_too() -> None:
+    """Kernels are the sum of a smooth part of four directions, and of a small one of all that adds up to zero: an error
+    in the latter, which is all that the nearest drafts lack, has no mean over a map. One channel lacks of the former.
+    """
+    x = randn(48, 16, 8, 8) + 2 * randn(48, 16, 1, 1, seed=4)
+    layer = conv(16, 16, 3, 3, padding=1, padding_mode="circular", bias=False)
+    smooth = (randn(16, 4, seed=5) @ randn(4, 16, seed=6))[..., None, None].expand(-1, -1, 3, 3) / 9
+    layer.weight.data = smooth + 0.1 * (layer.weight - layer.weight.mean((2, 3), keepdim=True))
+    net = Net(lambda m, x: m.fc(m.conv(x).mean((2, 3))), conv=layer, fc=nn.Linear(16, 6, bias=False).double())
+    net.fc.weight.data = randn(6, 16, seed=8)
+    found = prospects_of(net, x)["conv"]
+    wanted, features = outputs(net, x), outputs(net.conv, x)
+    worse = with_layers(net)
+    values = torch.linalg.svd(smooth[..., 0, 0])
+    worse.conv.weight.data -= (values.U[:, 1:4] * values.S[1:4] @ values.Vh[1:4])[..., None, None]
+    error = float((outputs(worse.conv, x) - features).square().sum()) / (features.numel() / 16)
+    measured = relative(outputs(worse, x), wanted) ** 2 / error
+    assert 0.3 * measured < found.weight < 3 * measured
 
 
 def test_where_all_pilots_are_exact_errors_are_taken_to_pass_through() -> None:

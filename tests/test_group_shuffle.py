@@ -318,7 +318,7 @@ def test_layers_that_have_no_such_form_are_left_with_a_reason() -> None:
         "its 12 inputs and 7 outputs do not fall into 4"
     ]
     assert skips(conv(12, 4, 3, 3), x, rank=0.1)[0].startswith("one channel a group between costs")
-    assert skips(conv(12, 12, 3, 3), x, rank=96) == ["it would save -22% of its MACs, below min_saving=0"]
+    assert skips(conv(12, 12, 3, 3), x, rank=96) == ["it would cost 22% more MACs than it does, against min_saving=0"]
     net = Net(lambda m, x: m.first(x) + m.second(x.flip(2)), first=conv(12, 12, 3, 3), second=conv(12, 12, 3, 3))
     net.second.weight = net.first.weight
     assert skips(net, x)[0] == "it shares its weight with 'second', which would keep it"

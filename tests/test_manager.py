@@ -316,7 +316,29 @@ def test_max_error_and_min_saving_leave_sites(program: Program) -> None:
     assert report.outcome == "left"
     assert "is above max_error=0.1" in report.sites[1].reason
     report = PassManager([Lossy(min_saving=0.1)]).run(program).record.passes[0]
-    assert report.sites[1].reason == "it would save 0% of its MACs, below min_saving=0.1"
+    assert report.sites[1].reason == "it would save none of its MACs, below min_saving=0.1"
+    report = PassManager([Lossy(min_saving=0)]).run(program).record.passes[0]
+    assert report.sites[1].reason == "it would save none of its MACs, against min_saving=0"
+    assert PassManager([Lossy(min_saving=-0.1)]).run(program).record.passes[0].outcome == "kept"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "saving", "reason"),
+    [
+        (None, -5.0, None),
+        (0.1, 0.1, None),
+        (0.1, 0.09, "it would save 9% of its MACs, below min_saving=0.1"),
+        (0.1, -0.42, "it would cost 42% more MACs than it does, against min_saving=0.1"),
+        (0.1, None, "it would save none of its MACs, below min_saving=0.1"),
+        (0.0, 0.01, None),
+        (0.0, 1e-15, "it would save none of its MACs, against min_saving=0"),
+        (0.0, None, None),
+        (-0.1, -0.1, None),
+        (-0.1, -0.2, "it would cost 20% more MACs than it does, against min_saving=-0.1"),
+    ],
+)
+def test_what_saves_too_little_is_said_in_words(wanted: float | None, saving: float | None, reason: str | None) -> None:
+    assert Lossy(min_saving=wanted).too_little(saving) == reason
 
 
 class Thin(Scale):

@@ -259,7 +259,7 @@ LEFT: dict[str, tuple[Any, dict[str, Any], str]] = {
     "even on one axis": (conv(4, 4, 5, 4), {}, "and 4 is even"),
     "depthwise": (conv(8, 8, 5, 5, groups=8), {}, "one channel a group between costs"),
     "no budget": (conv(2, 2, 5, 5), {"rank": 0.1}, "one channel between costs"),
-    "nothing saved": (conv(4, 4, 5, 5), {"rank": 8}, "below min_saving=0"),
+    "nothing saved": (conv(4, 4, 5, 5), {"rank": 8}, "against min_saving=0"),
     "too little saved": (conv(32, 32, 5, 5), {"rank": 0.9, "min_saving": 0.5}, "below min_saving=0.5"),
 }
 
