@@ -56,11 +56,13 @@ def fitted_by(
 
     Args:
         stats: of the layer, whose weight [O, C/g, *k] and bias are given.
-        fit: from W* and S [g, F, F], what it makes, and the dense weight V of that.
+        fit: from W* and S [g, F, F], which it may overwrite, what it makes, and the dense weight V of that.
     """
-    moments = stats.raw() if bias is None else stats.centred()
     wanted, level = solve(stats, weight, bias)
-    made, dense = fit(wanted, moments.gram / stats.rows)
+    gram = (
+        stats.raw() if bias is None else stats.centred()
+    ).gram / stats.rows  # no sums but its own are held beside it
+    made, dense = fit(wanted, gram)
     if level is None:
         return made, None
     return made, level + mean_output(grouped(wanted - dense, stats), None, stats)

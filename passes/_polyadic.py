@@ -134,6 +134,7 @@ def _descended(
 
     with torch.enable_grad():
         search.step(closure)
+    search.state.clear()  # the gradients and steps of the past, which only the garbage collector would free
     return placed([y.detach() for y in free])
 
 

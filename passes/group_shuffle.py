@@ -23,7 +23,7 @@ from ._grouping import Pair, by_group, compose, lost, nearest_pair, refined, sin
 from ._permuting import Arrangement, as_they_stand, searched, within
 from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_up
 from ._reordering import reorder, shuffle
-from ._stack_refining import held, squared_norm
+from ._stack_refining import held, hold_, squared_norm
 
 MOST_GROUPS = 8
 """Of those to choose from. At equal cost 4 to 8 came nearest on trained layers of 32 to 128 channels, 3x3 and 5x5."""
@@ -138,7 +138,7 @@ class GroupShuffle(RankedPass):
             return
 
         def fit(wanted: Tensor, gram: Tensor) -> tuple[Pair, Tensor]:
-            target, norm = by_group(wanted, site.layer.groups), held(gram)
+            target, norm = by_group(wanted, site.layer.groups), hold_(gram)
             pair = refined(self.nearest(site, target, norm), target, norm)
             return pair, compose(pair).reshape(wanted.shape)
 

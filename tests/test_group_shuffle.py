@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from fxcompile.calibration import as_calibration
 from fxcompile.errors import PipelineError
@@ -398,3 +401,26 @@ def test_a_layer_of_more_features_than_a_gram_matrix_takes_is_fitted_behind_the_
     wanted = outputs(layer, unseen)
     errors = [relative(outputs(shuffled(layer, x, data).module, unseen), wanted) for data in (None, x)]
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize(("bias", "grams"), [(True, 2), (False, 3)])
+def test_a_fit_holds_no_gram_matrix_that_it_does_not_need(
+    bias: bool, grams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sums and the norm, and for a moment the sums about zero; of 4608 features each takes 170 MB."""
+    monkeypatch.setattr("fxcompile.passes._chain_fitting.solve", lambda stats, weight, bias: (weight, bias))
+    layer, x = conv(64, 8, 3, 3, bias=bias), images(40, 64, 8, 8)
+    pass_ = GroupShuffle(groups=8)
+    (site,) = pass_.sites(trace(layer, x[:2]))
+    assert isinstance(site, Site)
+    site = dataclasses.replace(site, pairs=((x, outputs(layer, x)),))
+    site.statistics().centred()
+    found = pass_.candidates(site)
+    next(found)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        next(found)
+    events: Any = record.profiler
+    taken = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(taken, key=lambda event: event.start_ns())]
+    gram = 8 * 576**2
+    assert grams - 1 < max(accumulate(sizes)) / gram < grams - 0.5
