@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import nn
 
 from fxcompile.comparing import Broken
+from fxcompile.contracts import Approximate, Contract
 from fxcompile.drawing import KINDS, Case, Inputs
 from fxcompile.errors import UsageError
 from fxcompile.layers import shallow_copy
@@ -323,6 +324,35 @@ def test_gradients_that_are_only_rounding_may_become_zero() -> None:
     norm = nn.BatchNorm2d(1, affine=False, track_running_stats=False)
     model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1), norm).double().eval()
     promises.gradients(Trial(model, (torch.randn(1, 1, 1, 3).double(),), (FoldBatchNorm(),), [], exact=False, seed=0))
+
+
+class Darker(passes.Louder):
+    """Approximate: takes so much from every output."""
+
+    name: ClassVar[str] = "darker"
+    contract: ClassVar[Contract] = Approximate()
+    by: float = 0.0
+
+    def rewrite(self, site: Site) -> list[nn.Module]:
+        layer: Any = shallow_copy(site.layer)
+        layer.bias = nn.Parameter(layer.bias.detach() - self.by)
+        return [layer]
+
+
+def test_an_error_may_switch_off_one_pixel_and_not_all_that_there_are() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.ReLU()).double().eval()
+    nn.init.dirac_(model[0].weight)
+    model[0].bias.data.zero_()
+    example = -torch.rand((1, 1, 16, 16), generator=torch.Generator().manual_seed(0)).double()
+    example[0, 0, 3, 5] = 0.01
+
+    def look(by: float) -> None:
+        promises.gradients(Trial(model, (example,), (Darker(by=by),), exact=False))
+
+    look(0.001)
+    look(0.02)
+    with pytest.raises(Broken, match="all gradients are zero"):
+        look(100.0)
 
 
 class Brighter(passes.Louder):
