@@ -32,13 +32,16 @@ __all__ = [
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
+RIDGE = 1e-2
+"""The share of the mean variance of the features that holds every fit near what it starts from."""
+
 _GRAM_WORK = 500_000_000_000
 """Products in a Gram matrix above which fewer rows are taken."""
 
 
 @torch.no_grad()
 def solve(
-    stats: LayerStats, weight: Tensor, bias: Tensor | None, ridge: float = 1e-2, *, with_bias: bool | None = None
+    stats: LayerStats, weight: Tensor, bias: Tensor | None, ridge: float = RIDGE, *, with_bias: bool | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Least squares towards the wanted outputs, regularised towards the weights that are there.
 
@@ -67,7 +70,7 @@ def solve(
         UsageError: ridge is not positive.
     """
     if not 0 < ridge < float("inf"):
-        raise UsageError(f"ridge is {ridge}", mend="choose a number above 0; 1e-2 suits most layers")
+        raise UsageError(f"ridge is {ridge}", mend=f"choose a number above 0; {RIDGE:g} suits most layers")
     stats.require_outputs()
     w = grouped(weight, stats, stats.outputs)
     about_means = bias is not None if with_bias is None else with_bias
@@ -188,7 +191,7 @@ def row_count(layer: nn.Module, y: Tensor) -> int:
 
 
 def refit(
-    layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = 1e-2, *, rows: int | None = None
+    layer: Layer, pairs: Iterable[tuple[Tensor, Tensor]], ridge: float = RIDGE, *, rows: int | None = None
 ) -> Layer:
     """A copy of a layer whose weight and bias best give the wanted outputs from these inputs.
 
@@ -204,7 +207,7 @@ def refit(
     return refitted(layer, collect(layer, pairs, rows), ridge)
 
 
-def refitted(layer: Layer, stats: LayerStats, ridge: float = 1e-2) -> Layer:
+def refitted(layer: Layer, stats: LayerStats, ridge: float = RIDGE) -> Layer:
     """The same from statistics."""
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)

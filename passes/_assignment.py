@@ -6,12 +6,18 @@ import numpy
 import torch
 from torch import Tensor
 
+from fxcompile.layer_stats import check_finite
+
 
 def assignment(cost: Tensor) -> Tensor:
     """For each of n rows of a cost [n, m], n <= m, a column of its own, [n]; the sum of their costs is the smallest.
 
     By shortest augmenting paths with dual prices (Jonker and Volgenant 1987), O(n^2 m).
+
+    Raises:
+        FitError: a cost is NaN or infinite.
     """
+    check_finite(cost, "costs of an assignment")
     costs = cost.detach().double().cpu().numpy()
     rows, columns = costs.shape
     price = numpy.zeros(columns)

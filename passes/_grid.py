@@ -112,7 +112,7 @@ class Moments:
             channels = None
         else:
             scale = self._blocks[2].diagonal(dim1=1, dim2=2).unsqueeze(2)
-            pooling = cross[:, n:] / scale
+            pooling = torch.where(scale > 0, cross[:, n:] / scale, 0.0)  # what does not vary passes nothing on
             losses = won.unsqueeze(1) - pooling * cross[:, n:]
             chosen = [_passed(loss, outputs - width) for loss in losses]
             pooled, convolved, channels = (torch.stack(items) for items in zip(*chosen, strict=True))

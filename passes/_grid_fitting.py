@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompile.fitting import enough_rows
+from fxcompile.fitting import RIDGE, enough_rows
 from fxcompile.layer_stats import CHUNK_BYTES, LayerStats
 from fxcompile.patches import chunks, windows
 from fxcompile.rewriting import Pairs
 
 from ._grid import Mix, Moments, Parts, white
-
-RIDGE = 1e-2
-"""The share of the patches' mean square that holds the outputs near what the weights alone give."""
 
 _STEPS, _WORK = 8, 4e11
 """Of filling in what an activation hides, and operations in all of them."""

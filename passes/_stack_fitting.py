@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, linalg
 
-from fxcompile.layers import is_finite
+from fxcompile.layer_stats import check_finite
 
 from ._ranks import energy_rank, rounded_up
 from ._stack_algebra import cut, exact_width, split, squares, stage_kernels
@@ -46,8 +46,7 @@ def stack(
     if len(widths) != len(kernels) - 1 or any(m < groups or m % groups for m in widths):
         raise ValueError(f"{len(kernels) - 1} widths that are multiples of {groups} are wanted, not {list(widths)}")
     shape = [m // groups for m in widths]
-    if not is_finite(target):
-        raise ValueError("the weight holds values that are not finite")
+    check_finite(target, "weights")
     norm = target.flatten(1).norm(dim=1).clamp_min(1e-300)
     target = target / _like(norm, target)
     starts = min(_STARTS // (target.shape[1] * target.shape[2]), 8, 8 * _STARTS // groups)
@@ -232,7 +231,12 @@ def _normal_step(gram: Tensor, gradient: Tensor, grid: torch.Size, ridge: Tensor
 
 
 def _positive_solve(normal: Tensor, wanted: Tensor, ridge: Tensor) -> Tensor:
-    """(normal + ridge + tiny) x = wanted, for positive semidefinite `normal` [g, n, n], which is overwritten."""
+    """(normal + ridge + tiny) x = wanted, for positive semidefinite `normal` [g, n, n], which is overwritten.
+
+    Raises:
+        FitError: a number is NaN or infinite.
+    """
+    check_finite(normal, "products of kernels")
     diagonal = normal.diagonal(dim1=1, dim2=2)
     tiny = _PROXIMAL * diagonal.mean(1) + 1e-300
     diagonal += (ridge + tiny)[:, None]

@@ -17,14 +17,11 @@ import torch
 from torch import Tensor, linalg
 
 from fxcompile.chains import PatchMap
+from fxcompile.fitting import RIDGE
 from fxcompile.layer_stats import check_finite
-from fxcompile.layers import is_finite
 
 from ._stack_algebra import cut, split
 from ._stack_fitting import balance, chain, crop, spectrum, taps
-
-RIDGE = 1e-2
-"""The share of the mean diagonal of S that holds every fit near the dense weight."""
 
 _FLOPS, _STEPS, _ROUND, _ENOUGH = 2e11, (12, 120), 30, 0.99
 _STARTS, _TRIAL, _DAMPING = 256, 60, 1e-4
@@ -49,8 +46,7 @@ def refine(
     """
     target = split(weight, groups)
     moments = gram.detach().double().reshape(groups, target[0, 0].numel(), -1)
-    if not is_finite(moments):
-        raise ValueError("the second moments hold values that are not finite")
+    check_finite(moments, "second moments")
     moments = held(moments, ridge)
     problem = _Problem(target, moments)
     steps = steps or min(max(int(_FLOPS / (2.0 * target.numel() * moments.shape[2])), _STEPS[0]), _STEPS[1])

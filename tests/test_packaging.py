@@ -43,3 +43,9 @@ def test_every_pass_in_the_folder_is_an_entry_point() -> None:
                 found[item.name] = f"{module.__name__}:{name}"
     assert entries == found
     assert PROJECT["project"]["scripts"] == {"fxcompile": "fxcompile.cli:main"}
+
+
+def test_the_licence_that_the_project_names_is_there() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert text.startswith(f"{PROJECT['project']['license']} License\n\nCopyright (c) ")
+    assert "fxcompile contributors" in text

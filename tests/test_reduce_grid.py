@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxcompile.calibration import as_calibration
-from fxcompile.errors import PipelineError
+from fxcompile.errors import FitError, PipelineError
 from fxcompile.manager import PassManager, Result
 from fxcompile.pipeline import parse_pipeline
 from fxcompile.rewriting import Site, Skip
@@ -269,6 +269,34 @@ def test_an_assignment_costs_the_least(rows: int, more: int, seed: int, whole: b
     assert found == pytest.approx(
         min(sum(float(cost[row, column]) for row, column in enumerate(item)) for item in every)
     )
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_an_assignment_of_costs_that_are_no_numbers_is_refused(wrong: float) -> None:
+    cost = randn(3, 4)
+    cost[1, 2] = wrong
+    with pytest.raises(FitError, match="1 of 12 costs of an assignment are NaN or infinite"):
+        assignment(cost)
+
+
+def test_a_pooled_channel_that_never_varies_passes_nothing_on() -> None:
+    """It is the last choice, and the others are shared out as if it were not there."""
+    features, pooled, count, width = 6, 3, 4, 2
+    z, y, gram, cross = moments(features, pooled, count, 1)
+    z[:, :, features + 1] = 0
+    gram[:, features + 1], gram[:, :, features + 1], cross[:, features + 1] = 0, 0, 0
+    parts = algebra.Moments(gram, features).parts(cross, width, "none")
+    assert parts.channels is not None
+    assert 1 not in parts.channels
+    others = [number for number in range(features + pooled) if number != features + 1]
+    left = algebra.Moments(gram[:, others][:, :, others], features).parts(cross[:, others], width, "none")
+    assert torch.equal(parts.dense[:, :, others], left.dense)
+    forced = algebra.Moments(gram, features).parts(cross, 1, "none")
+    assert forced.channels is not None
+    assert forced.pooled is not None
+    place = forced.channels[0].tolist().index(1)
+    assert float(forced.mixed[0, forced.pooled[0, place], 1 + 1]) == 0
+    assert lost(forced, z, y) < float(y.square().sum())
 
 
 def test_the_branches_are_the_least_squares_ones() -> None:

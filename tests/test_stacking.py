@@ -391,6 +391,14 @@ def test_a_matrix_that_rounding_made_indefinite_is_solved_with_more_on_its_diago
     assert 1e6 < float(x[0, 2, 0]) < math.inf
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_system_that_holds_no_numbers_is_refused(wrong: float) -> None:
+    normal = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    normal[1, 0, 2] = normal[1, 2, 0] = wrong
+    with pytest.raises(FitError, match="2 of 18 products of kernels are NaN or infinite"):
+        fitting._positive_solve(normal, torch.ones(2, 3, 1, dtype=torch.float64), torch.zeros(2).double())
+
+
 def test_steps_towards_an_inner_stage_are_those_of_conjugate_gradients() -> None:
     """Each lowers the objective; as many as converge leave nothing over, on systems of scales far apart."""
     grid, ridge = (7, 7), torch.tensor([1e-6, 1e-3], dtype=torch.float64)
@@ -582,9 +590,9 @@ def test_wrong_arguments_are_refused() -> None:
         stack(randn(4, 2, 5, 5), [3], groups=2)
     with pytest.raises(ValueError, match="2 widths"):
         stack(randn(4, 2, 7, 7), [3])
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(FitError, match="infinite"):
         stack(randn(4, 2, 5, 5) * math.nan, [3])
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(FitError, match="infinite"):
         refine(corner_stack(randn(2, 2, 5, 5)), randn(2, 2, 5, 5), torch.full((50, 50), math.nan))
 
 
