@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,11 +43,29 @@ class Work:
         """The same as a share of the layer's."""
         return self.macs(ranks) / self.dense if self.dense else 1.0
 
-    def scale(self, share: float) -> float:
-        """The part of inputs and of outputs that costs this share: the root of a quadratic."""
-        square = self.after * self.taps * self.inputs * self.outputs
-        single = self.before * self.inputs**2 + self.after * self.outputs**2
-        return (math.sqrt(single**2 + 4 * square * share * square) - single) / (2 * square) if square else 1.0
+    def widths(self, share: float, round_to: int) -> tuple[int, int]:
+        """R and S that cost no more than a share of the layer's MACs; one channel each where nothing does.
+
+        Multiples of `round_to` in all groups together, numbers below it, and all that `most` allows, are to choose
+        from. Of all pairs it is the one in which the smaller of R / C and S / O is largest, and of those the dearest:
+        neither could be larger alone.
+        """
+        left, firsts, lasts = share * self.dense / self.groups, *(self._allowed(most, round_to) for most in self.most)
+        found = [(0.0, 0.0, 1, 1)]
+        for inner in firsts:
+            each = self.after * (self.taps * inner + self.outputs)
+            affordable = (left - self.before * self.inputs * inner) / each if each else math.inf
+            behind = bisect_right(lasts, affordable * (1 + 1e-9))
+            if behind:
+                outer = lasts[behind - 1]
+                evenness = min(inner / self.inputs, outer / self.outputs)
+                found.append((evenness, self.macs((inner, outer)), inner, outer))
+        return max(found)[2:]
+
+    def _allowed(self, most: int, round_to: int) -> list[int]:
+        """Channels that a group may have, ascending."""
+        step = math.lcm(self.groups, round_to) // self.groups
+        return sorted({*range(1, min(step, most)), *range(step, most, step), most})
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,10 @@ def even_padding(conv: Any) -> tuple[int, ...] | None:
     return tuple(before for before, _ in amounts) if all(before == after for before, after in amounts) else None
 
 
+IS_TRANSPOSED = "it is a transposed convolution, and only plain ones have such a form"
+"""Why such a layer stays, whose kernel is one that a pass would replace."""
+
+
 def why_tied(program: Program, node: fx.Node, tied: Mapping[int, set[str]]) -> str | None:
     """Why a layer that shares its weight stays: another would keep it, and the network grow. None where it does not.
 

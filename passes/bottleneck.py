@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from fxcompile.contracts import Approximate
 from fxcompile.layer_stats import check_finite
-from fxcompile.layers import CONVOLUTIONS
+from fxcompile.layers import CONVOLUTIONS, TRANSPOSED
 from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
 from ._bottleneck_work import CanonicalWork, Work
 from ._chain_fitting import drafted, fit_statistics, fitted, fitted_by, too_large
-from ._convolutions import chain, even_padding, float64, linear, why_tied
+from ._convolutions import IS_TRANSPOSED, chain, even_padding, float64, linear, why_tied
 from ._polyadic import nearest_terms, product, refined_terms
-from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_down, rounded_up
+from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_up
 from ._relus import WithRelus
 from ._separable import as_matrix, singular_values
 from ._stacking import compose
@@ -43,7 +43,8 @@ class Bottleneck(WithRelus, RankedPass):
     axes of the kernel by itself: by alternating least squares, held so that its terms do not cancel, and with
     calibration data then all factors together as above. It is not known to find the best there is.
 
-    `rank` as a share takes R and S in the same proportion to C and O; as channels, both are that many. With `energy`
+    `rank` as a share takes R and S as nearly in proportion to C and O as the multiples of `round_to` allow that use it
+    up; as channels, both are that many. With `energy`
     either reduction may lose half of what may be lost. `vbmf` takes the ranks that variational Bayes finds to stand out
     from noise (Nakajima et al. 2013), which are low: such networks want fine-tuning.
 
@@ -81,7 +82,10 @@ class Bottleneck(WithRelus, RankedPass):
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Convolutions and linear layers."""
         tied = program.tied()
-        for node, layer in program.layers(*CONVOLUTIONS, nn.Linear):
+        for node, layer in program.layers(*CONVOLUTIONS, *TRANSPOSED, nn.Linear):
+            if isinstance(layer, TRANSPOSED):
+                yield Skip.of(node, IS_TRANSPOSED)
+                continue
             site = Site.of(program, node)
             reason = why_tied(program, node, tied)
             uneven = not isinstance(layer, nn.Linear) and even_padding(layer) is None
@@ -196,10 +200,7 @@ class Bottleneck(WithRelus, RankedPass):
             found = [self.rank_of(side, len(most)) for side in sides]
             each = [rounded_up(rank, work.groups, self.rounding) for rank in found]
         elif both and isinstance(self.rank, float):
-            each = [
-                rounded_down(math.floor(size * work.scale(self.rank) + 1e-9), work.groups, self.rounding)
-                for size in (work.inputs, work.outputs)
-            ]
+            return work.widths(self.rank, self.rounding)
         else:
             unit = work.macs((1,)) if not both else 1.0
             each = [rank_for(self.rank, unit, work.dense, work.groups, self.rounding)] * len(most)

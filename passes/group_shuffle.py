@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fxcompile.contracts import Approximate
 from fxcompile.layer_stats import check_finite
-from fxcompile.layers import CONVOLUTIONS
+from fxcompile.layers import CONVOLUTIONS, TRANSPOSED
 from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
 from ._chain_fitting import fit_statistics, fitted_by
-from ._convolutions import channel_axis, convolution, float64, why_tied
+from ._convolutions import IS_TRANSPOSED, channel_axis, convolution, float64, why_tied
 from ._grouping import Pair, by_group, compose, lost, nearest_pair, refined, singular_values
 from ._permuting import Arrangement, as_they_stand, searched, within
 from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_up
@@ -86,8 +86,11 @@ class GroupShuffle(RankedPass):
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Convolutions over more than one pixel; with `style=shuffle-unit` and `permuted` over one too."""
         tied = program.tied()
-        for node, conv in program.layers(*CONVOLUTIONS):
+        for node, conv in program.layers(*CONVOLUTIONS, *TRANSPOSED):
             if self.style in ("pointwise", "depthwise") and max(conv.kernel_size) == 1:
+                continue
+            if isinstance(conv, TRANSPOSED):
+                yield Skip.of(node, IS_TRANSPOSED)
                 continue
             site = Site.of(program, node)
             reason = self.unfit(conv) or why_tied(program, node, tied)

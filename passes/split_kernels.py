@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from fxcompile.contracts import Approximate
 from fxcompile.layer_stats import check_finite
-from fxcompile.layers import CONVOLUTIONS
+from fxcompile.layers import CONVOLUTIONS, TRANSPOSED
 from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
 from . import _cross as cross
 from . import _separable as separable
 from ._chain_fitting import drafted, fit_statistics, fitted
-from ._convolutions import chain, channel_axis, even_padding, float64, why_tied
+from ._convolutions import IS_TRANSPOSED, chain, channel_axis, even_padding, float64, why_tied
 from ._ranks import Draft, RankedPass, energy_rank, rank_for, rounded_up
 from ._relus import WithRelus
 from ._stack_refining import best_last, squared_norm
@@ -72,9 +72,12 @@ class SplitKernels(WithRelus, RankedPass):
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Convolutions with at least two sides of more than one."""
         tied = program.tied()
-        for node, conv in program.layers(*CONVOLUTIONS):
+        for node, conv in program.layers(*CONVOLUTIONS, *TRANSPOSED):
             largest = max(conv.kernel_size)
             if len(conv.kernel_size) == 1 or largest == 1 or self.kernel not in (None, largest):
+                continue
+            if isinstance(conv, TRANSPOSED):
+                yield Skip.of(node, IS_TRANSPOSED)
                 continue
             site = Site.of(program, node)
             reason = self.unfit(conv) or why_tied(program, node, tied)

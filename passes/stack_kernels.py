@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from fxcompile.contracts import Approximate
 from fxcompile.layer_stats import check_finite
-from fxcompile.layers import CONVOLUTIONS
+from fxcompile.layers import CONVOLUTIONS, TRANSPOSED
 from fxcompile.program import Program
 from fxcompile.rewriting import Replacement, Site, Skip
 
 from ._chain_fitting import drafted, fit_statistics, fitted
-from ._convolutions import chain, float64, why_tied
+from ._convolutions import IS_TRANSPOSED, chain, float64, why_tied
 from ._ranks import Draft, RankedPass
 from ._relus import WithRelus
 from ._stacking import compose, energy_widths, stack, stack_macs, widths_for
@@ -64,9 +64,12 @@ class StackKernels(WithRelus, RankedPass):
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Convolutions with a side of 5 or more, all sides odd."""
         tied = program.tied()
-        for node, conv in program.layers(*CONVOLUTIONS):
+        for node, conv in program.layers(*CONVOLUTIONS, *TRANSPOSED):
             largest = max(conv.kernel_size)
             if largest < 5 or (self.kernel is not None and largest != self.kernel):
+                continue
+            if isinstance(conv, TRANSPOSED):
+                yield Skip.of(node, IS_TRANSPOSED)
                 continue
             even = [size for size in conv.kernel_size if size % 2 == 0]
             site = Site.of(program, node)

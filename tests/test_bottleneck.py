@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fxcompile.passes import Bottleneck
+from fxcompile.passes._bottleneck_work import Work
 from fxcompile.passes._tucker import reduced_both
 from fxcompile.passes._vbmf import evidence_rank
 from helpers import (
@@ -260,6 +262,42 @@ def test_the_share_of_the_cost_is_kept(data: st.DataObject) -> None:
     work = pass_.work(found)
     assert work.macs(pass_.ranks(found, work)) == site.after.macs
     assert work.dense == site.before.macs
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_pair_of_widths_within_the_share_is_more_even_or_as_even_and_dearer(data: st.DataObject) -> None:
+    """Against every pair of multiples, of numbers below them, and of all channels that there are."""
+    groups, inputs, outputs = (data.draw(st.integers(1, most)) for most in (3, 40, 40))
+    taps = data.draw(st.sampled_from([2, 3, 9]))
+    work = Work(groups, inputs, outputs, taps, *(data.draw(st.integers(1, 30)) for _ in range(2)))
+    share, round_to = data.draw(st.floats(0.01, 1)), data.draw(st.sampled_from([1, 3, 8]))
+    inner, outer = work.widths(share, round_to)
+
+    def allowed(most: int) -> list[int]:
+        fewest = next(each for each in range(1, round_to + 1) if each * groups % round_to == 0)
+        return [each for each in range(1, most + 1) if each in (*range(fewest), most) or each % fewest == 0]
+
+    def rating(pair: tuple[int, int]) -> tuple[float, float]:
+        return min(pair[0] / inputs, pair[1] / outputs), work.macs(pair)
+
+    pairs = itertools.product(allowed(min(inputs, taps * outputs)), allowed(min(outputs, taps * inputs)))
+    affordable = [pair for pair in pairs if work.macs(pair) <= share * work.dense * (1 + 1e-9)]
+    if not affordable:
+        assert (inner, outer) == (1, 1)
+        return
+    assert (inner, outer) in affordable
+    assert rating((inner, outer)) == max(map(rating, affordable))
+
+
+@pytest.mark.parametrize(
+    ("channels", "ranks", "share"), [(16, (8, 8), 0.36), (24, (24, 8), 0.48), (64, (40, 32), 0.44)]
+)
+def test_narrow_layers_spend_what_multiples_of_eight_allow(channels: int, ranks: tuple[int, int], share: float) -> None:
+    result = narrowed(conv(channels, channels, 3, 3, padding=1), randn(2, channels, 7, 7))
+    assert tuple(inner.out_channels for inner in layers_of(result)[:2]) == ranks
+    site = only_site(result)
+    assert site.after.macs / site.before.macs == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize("style", STYLES)

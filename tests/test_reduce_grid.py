@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from fxcompile.calibration import as_calibration
 from fxcompile.errors import FitError, PipelineError
 from fxcompile.manager import PassManager, Result
-from fxcompile.pipeline import parse_pipeline
+from fxcompile.pipeline import format_pipeline, parse_pipeline
 from fxcompile.rewriting import Site, Skip
 from fxcompile.testing import Recipe, Step, check_pass
 from fxcompile.tracing import trace
@@ -545,6 +545,14 @@ def test_layers_that_share_a_weight_are_left() -> None:
         "it shares its weight with 'second', which would keep it",
         "it shares its weight with 'first', which would keep it",
     ]
+
+
+@pytest.mark.parametrize("text", ["mix=none", 'mix="none"', "mix='none'"])
+def test_the_mixture_named_none_is_read_with_quotes_and_without(text: str) -> None:
+    (read,) = parse_pipeline(f"reduce-grid({text}, pool=none)")
+    assert isinstance(read, ReduceGrid)
+    assert (read.mix, read.pool) == ("none", None)
+    assert format_pipeline([read]) == 'reduce-grid(pool=none, mix="none")'
 
 
 @pytest.mark.parametrize(

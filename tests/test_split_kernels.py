@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fxcompile.passes import SplitKernels
+from fxcompile.passes import Bottleneck, GroupShuffle, SplitKernels, StackKernels
 from fxcompile.passes import _cross as cross
 from fxcompile.passes import _separable as separable
 from fxcompile.passes._ranks import energy_rank, rank_for
@@ -36,7 +36,7 @@ from fxcompile.errors import PipelineError
 from fxcompile.manager import PassManager, Result
 from fxcompile.patches import patches
 from fxcompile.pipeline import parse_pipeline
-from fxcompile.rewriting import Site, Skip
+from fxcompile.rewriting import Pass, Site, Skip
 from fxcompile.testing import check_pass
 from fxcompile.tracing import trace
 
@@ -516,3 +516,13 @@ def test_the_metric_is_the_nearest_kronecker_product_however_large_the_kernel() 
         gram = torch.einsum("cd,ij->cidj", metric, other).reshape(1, inputs * len(other), -1)
         found = separable.input_metric(gram, inputs, kernel, ())
         torch.testing.assert_close(found[0], metric * other.square().sum() / other.trace(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pass_", [Bottleneck(), GroupShuffle(), SplitKernels(), StackKernels()], ids=str)
+def test_a_transposed_convolution_is_named_as_one_where_its_kernel_would_be_replaced(pass_: Pass) -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(16, 16, 5, stride=2), nn.ReLU(), nn.ConvTranspose2d(16, 16, 1)).double()
+    found = list(pass_.sites(trace(net.eval(), randn(2, 16, 5, 5))))
+    assert all(isinstance(item, Skip) for item in found)
+    reason = "it is a transposed convolution, and only plain ones have such a form"
+    over_one_pixel = [("2", reason)] if pass_.name == "bottleneck" else []
+    assert [(item.name, item.reason) for item in found if isinstance(item, Skip)] == [("0", reason), *over_one_pixel]
