@@ -218,10 +218,11 @@ def _sweep(weight: Tensor, factors: list[Tensor], ridge: float, sweeps: int) -> 
     error = before = math.inf
     found = list(factors)
     for _ in range(sweeps):
+        behind = torch.einsum("go...,gor->g...r", weight, found[0])
         for axis in reversed(range(len(found))):
             others = [item.mT @ item for at, item in enumerate(found) if at != axis]
             system = torch.stack(others).prod(0)
-            wanted = _contracted(weight, found, axis)
+            wanted = _contracted(weight, found, axis, behind if axis else None)
             found[axis] = torch.cholesky_solve(wanted.mT, cholesky_factor(system, ridge)).mT
         found = balanced(found)
         error = float((weight - product(found)).square().sum())
@@ -231,11 +232,18 @@ def _sweep(weight: Tensor, factors: list[Tensor], ridge: float, sweeps: int) -> 
     return found, error
 
 
-def _contracted(weight: Tensor, factors: Sequence[Tensor], axis: int) -> Tensor:
-    """[g, n, R]: W times the other factors, the longest first, which leaves the least to do for the rest."""
+def _contracted(weight: Tensor, factors: Sequence[Tensor], axis: int, behind: Tensor | None = None) -> Tensor:
+    """[g, n, R]: W times the other factors, the longest first, which leaves the least to do for the rest.
+
+    Args:
+        behind: W times the first factor, [g, C, *k, R], where that is known.
+    """
     left = string.ascii_lowercase[: len(factors)]
     kept, done, value = left[axis], "", weight
     others = sorted((at for at in range(len(factors)) if at != axis), key=lambda at: -factors[at].shape[1])
+    if behind is not None:
+        left, done, value = left[1:], "R", behind
+        others.remove(0)
     for letter, factor in [(string.ascii_lowercase[at], factors[at]) for at in others]:
         rest = left.replace(letter, "")
         value = torch.einsum(f"Z{left}{done},Z{letter}R->Z{rest}R", value, factor)
