@@ -43,10 +43,13 @@ class Bottleneck(WithRelus, RankedPass):
     axes of the kernel by itself: by alternating least squares, held so that its terms do not cancel, and with
     calibration data then all factors together as above. It is not known to find the best there is.
 
-    `rank` as a share takes R and S as nearly in proportion to C and O as the multiples of `round_to` allow that use it
-    up; as channels, both are that many. With `energy`
-    either reduction may lose half of what may be lost. `vbmf` takes the ranks that variational Bayes finds to stand out
-    from noise (Nakajima et al. 2013), which are low: such networks want fine-tuning.
+    Linear layers at the end are taken, too, and a classifier bears less than others: `skip` leaves it out, `max_error`
+    only where it loses too much.
+
+    `rank` as a share takes the R and S, of the multiples of `round_to`, that are most nearly in proportion to C and O,
+    and then those that use it up most; as channels, both are that many. With `energy` either reduction may lose half of
+    what may be lost. `vbmf` takes the ranks that variational Bayes finds to stand out from noise (Nakajima et al.
+    2013), which are low: such networks want fine-tuning.
 
     Stride, padding and dilation stay with the k x k layer, or with the layers of their axes, groups with all, the bias
     with the last, unless `activation=relu` puts a ReLU between: then the others have one too, and the first pads for
