@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 
 from fxcompile.contracts import Exact
 from fxcompile.labels import node_name
-from fxcompile.layers import BATCH_NORMS, INSTANCE_NORMS, TRANSPOSED, Reorder, holds_weights, shallow_copy, with_weights
+from fxcompile.layers import BATCH_NORMS, INSTANCE_NORMS, Reorder, holds_weights
 from fxcompile.program import Program, fetch, shape_of
 from fxcompile.rewriting import Pass, Site, Skip
 
 from ._call import Call
 from ._channels import carry
-from ._reordering import reorder
+from ._reordering import in_order, reorder, with_inputs, with_outputs, within_groups
 from .fold_batchnorm import LINEAR, channel_axis, in_channels, out_channels
 
 Rule = Callable[[Any, int, int], bool]
@@ -270,48 +270,3 @@ def after(node: fx.Node, order: Tensor) -> Tensor:
     """An order of channels behind a node."""
     pixels = (shape_of(node) or (0, 0))[1] // len(order) if is_flatten(node, 1) else 1
     return (order.unsqueeze(1) * pixels + torch.arange(pixels)).flatten()
-
-
-def within_groups(order: Tensor, groups: int) -> Tensor | None:
-    """The order within each of so many groups, [groups, n], or None where it mixes them."""
-    local = order.reshape(groups, -1)
-    each = local.shape[1]
-    local = local - each * torch.arange(groups).unsqueeze(1)
-    return local if bool(((local >= 0) & (local < each)).all()) else None
-
-
-def with_outputs(layer: Any, order: Tensor) -> nn.Module:
-    """A layer, or an order, that gives its outputs in another order."""
-    if isinstance(layer, Reorder):
-        return Reorder(layer.order[order], layer.axis)
-    weight = by_columns(layer, order) if isinstance(layer, TRANSPOSED) else layer.weight[order]
-    return with_weights(layer, weight, None if layer.bias is None else layer.bias[order])
-
-
-def with_inputs(layer: Any, order: Tensor) -> nn.Module:
-    """A layer that takes as input i what it took as order[i]."""
-    weight = layer.weight[order] if isinstance(layer, TRANSPOSED) else by_columns(layer, order)
-    return with_weights(layer, weight, layer.bias)
-
-
-def by_columns(layer: Any, order: Tensor) -> Tensor:
-    """A weight [rows, columns / groups, ...] with the columns of each group in another order."""
-    groups = getattr(layer, "groups", 1)
-    local = within_groups(order, groups)
-    assert local is not None
-    parts = zip(layer.weight.detach().chunk(groups), local, strict=True)
-    return torch.cat([part[:, own] for part, own in parts])
-
-
-def in_order(layer: nn.Module, order: Tensor) -> nn.Module:
-    """A layer with the numbers that it has for each channel in another order; itself where it has none."""
-    if isinstance(layer, (Call, nn.ChannelShuffle)) or not [*layer.parameters(), *layer.buffers()]:
-        return layer
-    copied = shallow_copy(layer)
-    for name, value in layer.named_parameters(recurse=False):
-        if len(value) == len(order):
-            copied.register_parameter(name, nn.Parameter(value.detach()[order], requires_grad=value.requires_grad))
-    for name, buffer in layer.named_buffers(recurse=False):
-        if buffer.dim() and len(buffer) == len(order):
-            copied.register_buffer(name, buffer[order])
-    return copied
