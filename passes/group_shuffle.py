@@ -103,8 +103,8 @@ class GroupShuffle(RankedPass):
         """Why a convolution has no such form, or None."""
         inputs, outputs = conv.weight.shape[1], conv.out_channels // conv.groups
         each = " in each of its groups" if conv.groups > 1 else ""
-        if inputs == 1:
-            return f"it has one input{each}"
+        if inputs < 2:
+            return f"it has {'one' if inputs else 'no'} input{each}"
         if self.splits(inputs, outputs):
             return None
         channels = f"{inputs} inputs" if self.style == "pointwise" else f"{inputs} inputs and {outputs} outputs"

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from fxcompile.passes import Bottleneck, GroupShuffle, SplitKernels, StackKernels
-from fxcompile.passes._drafts import Pilot, Sight
+from fxcompile.passes._drafts import Pilot, Sight, prospects
 from fxcompile.passes._ranks import Draft, RankedPass
 from helpers import conv, images, outputs, with_layers
 from torch import Tensor, nn
 
+from fxcompile.calibration import as_calibration
 from fxcompile.patches import patches
+from fxcompile.planning import Planning
 from fxcompile.rewriting import Site
 from fxcompile.tracing import trace
 
@@ -20,6 +22,7 @@ WIDE: list[RankedPass] = [
     SplitKernels(rank=0.5, round_to=1),
     Bottleneck(rank=0.5, round_to=1),
     Bottleneck(rank=0.5, style="inception", round_to=1),
+    Bottleneck(rank=0.5, style="cp", round_to=1),
     GroupShuffle(rank=0.5, round_to=1),
     GroupShuffle(rank=0.5, style="depthwise", round_to=1),
     GroupShuffle(rank=0.5, style="shuffle-unit", round_to=1),
@@ -103,6 +106,16 @@ def test_no_steps_are_taken_where_a_fit_takes_none(monkeypatch: pytest.MonkeyPat
     assert not torch.equal(before.weight, after.weight)
     monkeypatch.setattr("fxcompile.passes._chain_fitting._STEP", 1.0)
     assert torch.equal(pass_.draft(site, weight, gram, 12).weight, before.weight)
+
+
+def test_a_layer_that_nothing_serves_has_no_options() -> None:
+    layer, x = conv(8, 8, 3, 3), images(12, 8, 9, 9)
+    program = trace(layer, x[:2])
+    site = next(iter(Bottleneck().sites(program)))
+    assert isinstance(site, Site)
+    planning = Planning(program, as_calibration(x, program.inputs), 0, lambda *_: None, [])
+    (found,) = prospects(planning, "drafts", [(site, [])])
+    assert (found.site, found.curves, found.reason) == (site, [], "")
 
 
 @pytest.mark.parametrize("pass_", [StackKernels(rank=4), GroupShuffle(rank=0.4), Bottleneck(rank=0.4)], ids=str)

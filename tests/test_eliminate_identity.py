@@ -158,6 +158,7 @@ STAYS: dict[str, tuple[Case, list[str]]] = {
     "rounding in another way": (lambda m, x: x.floor().ceil(), ["floor", "ceil"]),
     "rounding to other decimals": (
         lambda m, x: torch.round(torch.round(x, decimals=2), decimals=1), ["round", "round"]),
+    "rounding decimals to whole numbers": (lambda m, x: torch.round(torch.round(x, decimals=1)), ["round", "round"]),
     "a roll": (lambda m, x: x.roll((0, 1), (1, 2)), ["roll"]),
     "a repetition": (lambda m, x: x.repeat(1, 2, 1, 1), ["repeat"]),
     "GELU twice": (lambda m, x: F.gelu(F.gelu(x)), ["GELU", "GELU"]),

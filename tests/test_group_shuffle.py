@@ -327,6 +327,28 @@ def test_layers_that_have_no_such_form_are_left_with_a_reason() -> None:
     assert skips(net, x)[0] == "it shares its weight with 'second', which would keep it"
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("style", [*PAIRS, "permuted"])
+def test_a_layer_without_inputs_is_left_with_a_reason(style: str) -> None:
+    assert skips(nn.Conv2d(0, 4, 3).double(), randn(2, 0, 9, 9), style=style) == ["it has no input"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_was_drafted_is_pinned_by_its_number_of_groups(groups: int) -> None:
+    """At a share at which 2, 3 and 4 groups of inputs may be had, each draft leaves only its own."""
+    layer, x = conv(12 * groups, 24 * groups, 3, 3, groups=groups), randn(2, 12 * groups, 9, 9)
+    site = next(iter(GroupShuffle(rank=0.5, round_to=1).sites(trace(layer, x))))
+    assert isinstance(site, Site)
+    for style, choices in (("pointwise", [2, 3, 4, 6]), ("shuffle-unit", [2, 3, 4, 6])):
+        free = GroupShuffle(rank=0.5, round_to=1, style=style)
+        assert [form.ins for form in free.affordable_forms(site)] == choices
+        for count in choices:
+            made = free.model_copy(update={"groups": count}).draft(site, layer.weight.detach()).layers
+            assert free.pinned(site, made) == free.model_copy(update={"groups": count})
+    whole = GroupShuffle(rank=0.5, round_to=1, style="depthwise")
+    assert whole.pinned(site, whole.draft(site, layer.weight.detach()).layers) == whole
+
+
 def test_layers_over_single_pixels_are_sites_of_shuffle_units_only() -> None:
     program = trace(conv(12, 12, 1, 1), randn(2, 12, 9, 9))
     found = {style: len(list(GroupShuffle(style=style).sites(program))) for style in PAIRS}

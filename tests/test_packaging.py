@@ -7,6 +7,7 @@ import inspect
 import tomllib
 from pathlib import Path
 
+from fxcompile.contracts import Approximate
 from fxcompile.rewriting import Pass
 
 ROOT = Path(__file__).parents[1]
@@ -33,15 +34,28 @@ def test_every_name_that_a_module_of_passes_offers_is_there() -> None:
         assert all(hasattr(module, offered) for offered in module.__all__)
 
 
-def test_every_pass_in_the_folder_is_an_entry_point() -> None:
-    entries = PROJECT["project"]["entry-points"]["fxcompile.passes"]
-    found = {}
+def passes_in_the_folder() -> list[type[Pass]]:
+    found = []
     for path in sorted((ROOT / "passes").glob("[a-z]*.py")):
         module = importlib.import_module(f"fxcompile.passes.{path.stem}")
-        for name, item in inspect.getmembers(module, inspect.isclass):
+        for _, item in inspect.getmembers(module, inspect.isclass):
             if issubclass(item, Pass) and item is not Pass and item.__module__ == module.__name__:
-                found[item.name] = f"{module.__name__}:{name}"
-    assert entries == found
+                found.append(item)
+    return found
+
+
+def test_an_approximate_pass_that_may_be_exact_says_by_which_option() -> None:
+    said = {item.name: item.contract.exact_when for item in passes_in_the_folder()
+            if isinstance(item.contract, Approximate)}  # fmt: skip
+    options = {"bottleneck": "rank", "factorize": "saving=0", "group-shuffle": "rank", "split-kernels": "rank",
+               "stack-kernels": "rank"}  # fmt: skip
+    assert said.keys() == options.keys()
+    assert all(option in said[name].replace(",", "").split() for name, option in options.items())
+
+
+def test_every_pass_in_the_folder_is_an_entry_point() -> None:
+    entries = PROJECT["project"]["entry-points"]["fxcompile.passes"]
+    assert entries == {item.name: f"{item.__module__}:{item.__name__}" for item in passes_in_the_folder()}
     assert PROJECT["project"]["scripts"] == {"fxcompile": "fxcompile.cli:main"}
 
 

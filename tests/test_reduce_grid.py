@@ -11,6 +11,7 @@ import torch
 from fxcompile.passes import ReduceGrid, reduce_grid
 from fxcompile.passes import _grid as algebra
 from fxcompile.passes._assignment import assignment
+from fxcompile.passes._grid_fitting import steps_for
 from fxcompile.passes._grid_layers import averaged, middle_window
 from helpers import (
     MODES,
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from fxcompile.calibration import as_calibration
 from fxcompile.errors import FitError, PipelineError
+from fxcompile.layer_stats import LayerStats
 from fxcompile.manager import PassManager, Result
 from fxcompile.pipeline import format_pipeline, parse_pipeline
 from fxcompile.rewriting import Site, Skip
@@ -320,6 +322,14 @@ def test_the_branches_are_the_least_squares_ones() -> None:
     assert float(errors.sum()) <= 1.02 * float(every[pooled].sum())
 
 
+def test_what_an_activation_hides_is_filled_in_less_often_where_it_takes_seconds() -> None:
+    """Two products of all rows with features and outputs each time: 4e11 operations in all, but two to eight times."""
+    stats = LayerStats.of(nn.Conv1d(300, 200, 1))
+    for rows, times in ((1_000, 8), (200_000, 8), (400_000, 4), (550_000, 3), (10_000_000, 2)):
+        stats.rows = rows
+        assert steps_for(stats) == times
+
+
 @pytest.mark.parametrize("high", [math.inf, 0.4])
 def test_what_an_activation_hides_is_left_free(high: float) -> None:
     """The error behind the activation, against a search for it on the same branches."""
@@ -505,6 +515,14 @@ def test_layers_that_have_no_such_form_are_left_with_a_reason() -> None:
     assert skips(net, x) == ["the value of 'conv' is used elsewhere, not only by its pooling"]
     unseen = nn.Sequential(layer, nn.BatchNorm2d(4, track_running_stats=False).double(), pool)
     assert skips(unseen, x) == ["the norm ahead of its pooling keeps no statistics and normalises by the batch"]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_inputs_has_nothing_to_save() -> None:
+    assert skips(nn.Conv2d(0, 4, 3, stride=2).double(), randn(2, 0, 9, 9), mix="pooled") == [
+        "a convolution of 1 channels, the fewest there can be, beside the pooling costs 100% of its MACs, "
+        "above rank=0.5"
+    ]
 
 
 def test_strided_layers_that_save_nothing_are_left_with_a_reason() -> None:

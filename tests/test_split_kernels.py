@@ -304,6 +304,11 @@ def test_outputs_are_shared_out_as_well_as_they_can_be(groups: int) -> None:
     assert total == pytest.approx(best)
 
 
+def test_outputs_that_lose_alike_are_served_in_their_order() -> None:
+    assert cross.share_out(torch.zeros(2, 40), 1).tolist() == [0] * 20 + [1] * 20
+    assert cross.share_out(torch.zeros(2, 40), 2).tolist() == ([0] * 10 + [1] * 10) * 2
+
+
 # ---- what stays ------------------------------------------------------------------------------------------------------
 
 

@@ -531,6 +531,13 @@ def test_cancelling_factors_are_held_back() -> None:
     assert error_of(weight, held) < 1.5 * error_of(weight, free)
 
 
+@pytest.mark.parametrize(("outputs", "inputs", "width"), [(8, 2, 3), (8, 8, 6), (16, 16, 12)])
+def test_cancelling_factors_are_held_back_no_more_than_they_must(outputs: int, inputs: int, width: int) -> None:
+    """Those that may grow to the limit come nearer than those that stay far below."""
+    stages = stack(smooth(outputs, inputs, 5), [width], limit=1.5)
+    assert amplification(stages) == pytest.approx(1.5, rel=0.05)
+
+
 def test_depthwise_layers_are_as_good_together_as_one_by_one() -> None:
     weight = randn(960, 1, 5, 5)
     stages = stack(weight, [960], 960)
@@ -691,6 +698,17 @@ def test_refining_beats_the_exact_last_stage_and_plain_lbfgs() -> None:
     errors = [output_error(weight, [s.detach() for s in stages], x) for stages in (refined, solved, free)]
     assert errors[0] < 0.95 * errors[1]
     assert errors[0] < 0.95 * errors[2]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_refining_goes_on_where_little_error_is_left(seed: int) -> None:
+    """Down to a weight that is a stack, of which it starts a tenth off, and not only until a step brings 1e-9."""
+    exact = random_stages([(3, 3)] * 2, [8, 6, 16], seed=seed)
+    weight, rows = compose(exact), patches(images(24, 8, 10, 1), (5, 5))
+    gram = rows.mT @ rows / rows.shape[1]
+    found = refine([x + 0.1 * randn(*x.shape, seed=9) for x in exact], weight, gram)
+    nothing = [torch.zeros_like(x) for x in exact]
+    assert float(quadratic(weight, found, gram)) < 5e-5**2 * float(quadratic(weight, nothing, gram))
 
 
 def test_a_large_ridge_keeps_the_stack_near_the_weight() -> None:
