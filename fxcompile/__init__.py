@@ -24,16 +24,18 @@ if TYPE_CHECKING:
     from fxcompile.pipeline import format_pipeline, parse_pipeline
     from fxcompile.program import Program
     from fxcompile.reading import read_model
-    from fxcompile.rewriting import Pass, Site, Skip
+    from fxcompile.rewriting import ChannelPass, Pass, Removal, Site, Skip
     from fxcompile.tracing import trace
 
 _HOMES = {
     "Approximate": "contracts",
+    "ChannelPass": "rewriting",
     "Exact": "contracts",
     "FxcompileError": "errors",
     "Pass": "rewriting",
     "PassManager": "manager",
     "Program": "program",
+    "Removal": "rewriting",
     "Result": "manager",
     "Site": "rewriting",
     "Skip": "rewriting",
@@ -47,11 +49,13 @@ _HOMES = {
 
 __all__ = [
     "Approximate",
+    "ChannelPass",
     "Exact",
     "FxcompileError",
     "Pass",
     "PassManager",
     "Program",
+    "Removal",
     "Result",
     "Site",
     "Skip",

@@ -60,6 +60,10 @@ class FitError(FxcompileError):
     """Weights could not be fitted: no data, or data that is not finite."""
 
 
+class BudgetError(FxcompileError):
+    """What is to be saved cannot be saved in this network by the passes that are to save it."""
+
+
 class ContractError(FxcompileError):
     """A pass broke its contract; names the pass, the site and the smallest input found."""
 

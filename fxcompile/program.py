@@ -18,6 +18,9 @@ ORIGIN = "fxcompile.origin"
 FEATURE = "fxcompile.feature"
 """Key of `node.meta`: the node of the original program whose value this node computes or approximates."""
 
+PART = "fxcompile.part"
+"""Key of `node.meta`: which entries of that value are left, a dictionary of indices by axis; none where all are."""
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -196,6 +199,13 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
     """The dtype of the tensor that a node computes, or None where it is no single tensor."""
     meta = node.meta.get("tensor_meta")
     return meta.dtype if isinstance(meta, TensorMetadata) else None
+
+
+def part_of(value: Tensor, node: fx.Node) -> Tensor:
+    """What is left of the value of the original program's node that a node stands for."""
+    for axis, entries in node.meta.get(PART, {}).items():
+        value = value.index_select(axis, entries)
+    return value
 
 
 def record_shape(node: fx.Node, value: Any) -> None:

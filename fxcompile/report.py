@@ -27,6 +27,7 @@ class SiteReport:
             site is exact or was not measured.
         before, after: cost of the site's layers.
         seconds: time spent on rewriting, fitting and checking it.
+        layers: those that it changes, where they are more than the one that it is named after.
     """
 
     name: str
@@ -37,6 +38,7 @@ class SiteReport:
     before: Cost = field(default_factory=Cost)
     after: Cost = field(default_factory=Cost)
     seconds: float = 0.0
+    layers: tuple[str, ...] = ()
 
 
 @dataclass

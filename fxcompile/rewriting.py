@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, fx, nn
 
+from fxcompile.channel_graph import ChannelGraph, Group
 from fxcompile.contracts import Contract
 from fxcompile.fitting import LayerStats, collect, row_count
 from fxcompile.labels import node_name
@@ -107,6 +108,38 @@ class Skip:
     def of(cls, node: fx.Node, reason: str) -> Skip:
         """Skip a node, named after the layer it calls."""
         return cls(node_name(node), reason)
+
+
+@dataclass(frozen=True)
+class GroupSite(Site):
+    """Channels that go together, as a site of a pass that takes some of them out.
+
+    Attributes:
+        group: of the channel graph.
+    """
+
+    group: Group = field(kw_only=True)
+
+    @classmethod
+    def of_group(cls, program: Program, group: Group) -> GroupSite:
+        """The site of a group: the nodes that call what makes and takes its channels, in the order of the graph."""
+        owners = {member.owner for member in group.members}
+        nodes = tuple(node for node in program.graph.nodes if str(node.target) in owners and node.op == "call_module")
+        layers = tuple(layer for layer in map(program.layer, nodes) if layer is not None)
+        return cls(nodes, layers, group.name, group=group)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What is taken out at a site.
+
+    Attributes:
+        units: the numbers of the units of its group that go.
+        values: by the path of a stored tensor what it is to hold, in the size that it had.
+    """
+
+    units: tuple[int, ...]
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Replacement = nn.Module | Sequence[nn.Module]
@@ -211,3 +244,29 @@ class Pass(BaseModel):
 
     def __repr__(self) -> str:
         return str(self)
+
+
+class ChannelPass(Pass):
+    """A pass that takes channels out. Its sites are groups of channels; it says which of them go.
+
+    The pass manager takes them out of all layers at once, and then, unless the pass is exact or its `refit` is off,
+    solves for the weights of the layers that took them, in the order of the data, towards the original's features.
+    """
+
+    def sites(self, program: Program) -> Iterator[Site | Skip]:
+        """Each group of channels; with reasons, those that cannot go."""
+        for group in ChannelGraph.of(program).groups:
+            yield Skip(group.name, group.reason) if group.reason else GroupSite.of_group(program, group)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the layers that took what is gone are fitted."""
+        return self.refit
+
+    def rounds(self) -> list[ChannelPass]:
+        """The passes that are run one after the other in its place: itself."""
+        return [self]
+
+    def removal(self, site: GroupSite) -> Removal:
+        """What goes at a site."""
+        raise NotImplementedError

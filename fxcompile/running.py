@@ -26,8 +26,9 @@ from fxcompile.layers import is_finite
 from fxcompile.planning import Planning
 from fxcompile.program import Program
 from fxcompile.progress import Progress
+from fxcompile.removing import take_out
 from fxcompile.report import PassReport, Report, SiteReport
-from fxcompile.rewriting import Pass, Replacement, Site, Skip
+from fxcompile.rewriting import ChannelPass, Pass, Replacement, Site, Skip
 from fxcompile.rounding import Seen, compare_noisy
 from fxcompile.sitedata import SiteData, full_batches, limited, synthetic_batch
 from fxcompile.splice import Fragment, Splicer, finish, fragment_of
@@ -106,6 +107,8 @@ class Run:
 
     def _rewrite(self, pass_: Pass, limit: int | None = None) -> list[SiteReport]:
         """Rewrite all sites in the order of the data, or until `limit` of them were kept."""
+        if isinstance(pass_, ChannelPass):
+            return take_out(self, pass_, limit)
         found = [item for item in pass_.sites(self.program) if pass_.selects(item.name)]
         sites = [item for item in found if isinstance(item, Site)]
         data = None

@@ -15,8 +15,8 @@ from fxcompile.distance import Distance
 from fxcompile.drawing import random_like
 from fxcompile.errors import CalibrationError
 from fxcompile.fitting import LayerStats, collect, refitted, row_count
-from fxcompile.layers import CONVOLUTIONS, holds_weights
-from fxcompile.program import FEATURE, Program
+from fxcompile.layers import CONVOLUTIONS, TRANSPOSED, holds_weights
+from fxcompile.program import FEATURE, Program, part_of
 from fxcompile.regions import region_inputs, run_region, run_replacement
 from fxcompile.rewriting import Pairs, Replacement, Site
 from fxcompile.walking import MEMORY, Walk, live_bytes
@@ -33,7 +33,7 @@ class SiteData:
         walk: through the program as it is rewritten.
         reference: through the original.
         features: the original's nodes by the name under which the program's nodes know them.
-        again: for a site whose layer is called again, the original's nodes of those calls.
+        again: for a site whose layer is called again, the program's nodes of those calls, and the original's.
         fit_batches: so many batches are to fit to, the others to measure on.
         fits: whether there is calibration data.
         note: what the user should know about it.
@@ -42,7 +42,7 @@ class SiteData:
     walk: Walk
     reference: Walk
     features: dict[str, fx.Node]
-    again: dict[str, list[fx.Node]]
+    again: dict[str, list[tuple[fx.Node, fx.Node]]]
     fit_batches: int
     fits: bool
     note: str | None = None
@@ -72,7 +72,7 @@ class SiteData:
         calls = program.calls()
         again = {site.name: later_calls(site, calls, features) for site in sites}
         wanted = [features[name] for site in sites if (name := site.nodes[-1].meta.get(FEATURE)) in features]
-        wanted += [item for nodes in again.values() for node in nodes for item in (node, node.all_input_nodes[0])]
+        wanted += [item for nodes in again.values() for _, node in nodes for item in (node, node.all_input_nodes[0])]
         walks = Walk(program, batches), Walk(original, batches, wanted)
         return cls(*walks, features, again, count, data is not None, note)
 
@@ -85,13 +85,14 @@ class SiteData:
             xs = list(self.walk.values_of(region_inputs(site.nodes)[0]))
             feature = self.features.get(site.nodes[-1].meta.get(FEATURE, ""))
             if feature is not None:
-                ys = self.reference.take(feature)
+                ys = [part_of(y, site.nodes[-1]) for y in self.reference.take(feature)]
             else:
                 with torch.no_grad():
                     ys = [run_region(site, (x,)) for x in xs]
             found = [list(zip(xs, ys, strict=True))]
-            for node in self.again[site.name]:
-                xs, ys = self.reference.take(node.all_input_nodes[0]), self.reference.take(node)
+            for own, node in self.again[site.name]:
+                xs = [part_of(x, own.all_input_nodes[0]) for x in self.reference.take(node.all_input_nodes[0])]
+                ys = [part_of(y, own) for y in self.reference.take(node)]
                 found.append(list(zip(xs, ys, strict=True)))
             self._last = (site.name, found)
         return self._last[1]
@@ -120,7 +121,12 @@ class SiteData:
         """
         error = self.error(site, replacement)
         modules = [replacement] if isinstance(replacement, nn.Module) else list(replacement)
-        if not solve or not self.fits or not modules or not isinstance(modules[-1], (*CONVOLUTIONS, nn.Linear)):
+        if (
+            not solve
+            or not self.fits
+            or not modules
+            or not isinstance(modules[-1], (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
+        ):
             return replacement, error
         solved = [*modules[:-1], refitted(modules[-1], self.statistics(site, modules))]
         solved_error = self.error(site, solved)
@@ -141,12 +147,14 @@ class SiteData:
             return collect(last, seen, sum(row_count(last, y) for _, y in pairs))
 
 
-def later_calls(site: Site, calls: dict[int, list[fx.Node]], features: dict[str, fx.Node]) -> list[fx.Node]:
-    """The original's nodes that call a site's layer a second time and more often: those calls are rewritten with it."""
+def later_calls(
+    site: Site, calls: dict[int, list[fx.Node]], features: dict[str, fx.Node]
+) -> list[tuple[fx.Node, fx.Node]]:
+    """The nodes that call a site's layer once more, and the original's nodes: those calls are rewritten with it."""
     if len(site.nodes) > 1 or not any(map(holds_weights, site.layers)):
         return []
     nodes = (node for node in calls[id(site.layer)] if node is not site.node)
-    return [features[name] for node in nodes if (name := node.meta.get(FEATURE)) in features]
+    return [(node, features[name]) for node in nodes if (name := node.meta.get(FEATURE)) in features]
 
 
 def limited(data: Calibration, samples: int, program: Program) -> Calibration:

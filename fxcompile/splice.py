@@ -15,6 +15,7 @@ from fxcompile.layers import PLAIN, converted, holds_weights, on_meta
 from fxcompile.program import (
     FEATURE,
     ORIGIN,
+    PART,
     Program,
     dtype_of,
     fetch,
@@ -237,8 +238,11 @@ class Splicer:
         for node in made:
             node.meta[ORIGIN] = origin
             node.meta.pop(FEATURE, None)
+            node.meta.pop(PART, None)
         if made and FEATURE in last.meta:
             result.meta[FEATURE] = last.meta[FEATURE]
+            if PART in last.meta:
+                result.meta[PART] = last.meta[PART]
         last.replace_all_uses_with(result)
         for node in reversed(region):
             graph.erase_node(node)

@@ -7,6 +7,7 @@ from .factorize import Factorize
 from .fold_batchnorm import FoldBatchNorm
 from .group_shuffle import GroupShuffle
 from .head_to_conv import HeadToConv
+from .prune_filters import PruneFilters
 from .reduce_grid import ReduceGrid
 from .split_kernels import SplitKernels
 from .stack_kernels import StackKernels
@@ -19,6 +20,7 @@ __all__ = [
     "FoldBatchNorm",
     "GroupShuffle",
     "HeadToConv",
+    "PruneFilters",
     "ReduceGrid",
     "SplitKernels",
     "StackKernels",

@@ -19,7 +19,7 @@ from fxcompile.drawing import random_like
 from fxcompile.errors import FxcompileError
 from fxcompile.layers import is_finite
 from fxcompile.manager import PassManager
-from fxcompile.program import FEATURE, ORIGIN, Program, fetch, flatten_tensors
+from fxcompile.program import FEATURE, ORIGIN, PART, Program, fetch, flatten_tensors
 from fxcompile.rounding import NOISE, compare_noisy, rounding_reach
 from fxcompile.runtime import feeds_of, open_session, run_session
 from fxcompile.sitedata import full_batches, synthetic_batch
@@ -246,7 +246,7 @@ def _features(program: Program, batches: Sequence[Sequence[Tensor]]) -> dict[str
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
-            if isinstance(value, Tensor) and FEATURE in n.meta:
+            if isinstance(value, Tensor) and FEATURE in n.meta and PART not in n.meta:
                 found.setdefault(n.meta[FEATURE], []).append((value,))
             return value
 

@@ -120,7 +120,7 @@ def rest_untouched(trial: Trial) -> None:
         same_layers(program, result, set())
         return
     touched = {name for node in result.graph.nodes for name in node.meta.get(ORIGIN, ()) if len(node.meta[ORIGIN]) > 1}
-    same_layers(program, result, touched | {site.name for site in trial.kept})
+    same_layers(program, result, touched | {name for site in trial.kept for name in (site.name, *site.layers)})
 
 
 def same_layers(program: Program, result: Program, touched: set[str]) -> None:

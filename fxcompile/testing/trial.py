@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxcompile.comparing import Broken
 from fxcompile.contracts import Approximate, Contract, Exact, Trained
+from fxcompile.errors import BudgetError
 from fxcompile.layers import is_finite
 from fxcompile.manager import PassManager, Result
 from fxcompile.program import Program, flatten_tensors
@@ -76,6 +77,8 @@ class Trial:
     def run(self, passes: Sequence[Pass] | None = None, program: Program | None = None, **options: Any) -> Result:
         """Run passes, on the traced model if nothing else is given.
 
+        A network in which they cannot save what they are to save is left as it is.
+
         Raises:
             Broken: they fail.
         """
@@ -83,6 +86,9 @@ class Trial:
         chosen = self.passes if passes is None else passes
         manager = PassManager(chosen, calibration=self.calibration, **options)
         try:
+            return manager.run(program or self.program)
+        except BudgetError:
+            manager.passes = [pass_.model_copy(update={"only": ("",)}) for pass_ in chosen]
             return manager.run(program or self.program)
         except Exception as error:
             kind = type(error).__name__
