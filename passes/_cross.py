@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,27 +16,76 @@ from fxcompile.patches import padding_amounts
 
 from ._branches import Branches, pad_ahead
 from ._convolutions import convolution, float64
+from ._stack_refining import cholesky_factor
+
+Merge = Literal["sum", "concat"]
 
 
-def branches(conv: Any, merge: Literal["sum", "concat"], stats: LayerStats | None, channel_axis: int = 1) -> nn.Module:
+def branches(conv: Any, merge: Merge, stats: LayerStats | None, channel_axis: int = 1) -> nn.Module:
     """The branches for a convolution, solved on its statistics if there are any."""
+    return joined(conv, merge, partial(on_taps, conv, stats=stats), partial(lost, conv, stats=stats), channel_axis)[0]
+
+
+def draft(
+    conv: Any, merge: Merge, weight: Tensor, gram: Tensor | None = None, channel_axis: int = 1
+) -> tuple[nn.Module, Tensor]:
+    """Those near a weight [O, C/g, *k], in the norm of S [g, F, F] if given, and the dense weight that they compute."""
+    bias, target = float64(conv)[1], weight.flatten(1).unflatten(0, (conv.groups, -1))
+
+    def on(taps: Tensor) -> tuple[Tensor, Tensor | None]:
+        if gram is None:
+            return weight * taps, bias
+        features = taps.expand(weight.shape[1:]).flatten().nonzero().flatten()
+        factor = cholesky_factor(gram[:, features][:, :, features], 1e-10)
+        solved = torch.cholesky_solve((target @ gram[:, :, features]).mT, factor).mT
+        return torch.zeros_like(target).index_copy(2, features, solved).reshape(weight.shape), bias
+
+    def lacking(near: Tensor, _: Tensor | None) -> Tensor:
+        lacks = target - near.reshape(target.shape)
+        errors: Tensor = lacks * (lacks if gram is None else lacks @ gram)
+        return errors.sum(2).flatten()
+
+    return joined(conv, merge, on, lacking, channel_axis)
+
+
+def share(kernel: Sequence[int], outputs: int, merge: Merge) -> float:
+    """What branches for a kernel with so many outputs in each group cost, as a share of its MACs."""
+    sides = [size for size in kernel if size > 1]
+    own = [outputs] * len(sides) if merge == "sum" else rooms(outputs, len(sides))
+    return sum(room * size for room, size in zip(own, sides, strict=True)) / (outputs * math.prod(sides))
+
+
+def joined(
+    conv: Any,
+    merge: Merge,
+    on: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    lost: Callable[[Tensor, Tensor | None], Tensor],
+    channel_axis: int,
+) -> tuple[nn.Module, Tensor]:
+    """The branches, and the dense weight that they compute.
+
+    Args:
+        on: the best weight with nothing but these taps, and bias.
+        lost: what each output [O] is off with these.
+    """
     axes = [axis for axis, size in enumerate(conv.kernel_size) if size > 1]
     lines = [line(conv.kernel_size, axis) for axis in axes]
     if merge == "sum":
-        weight, bias = on_taps(conv, torch.stack(lines).any(0), stats)
+        weight, bias = on(torch.stack(lines).any(0))
         made: list[nn.Module] = []
         left = weight
         for axis, own in zip(axes, lines, strict=True):
             made.append(branch(conv, along(left, axis), None if made else bias, axis))
             left = left * ~own
-        return Branches(made)
-    solved = [on_taps(conv, own, stats) for own in lines]
-    owners = share_out(torch.stack([lost(conv, *item, stats) for item in solved]), conv.groups)
+        return Branches(made), weight
+    solved = [on(own) for own in lines]
+    owners = share_out(torch.stack([lost(*item) for item in solved]), conv.groups)
+    dense = torch.stack([weight for weight, _ in solved])[owners, torch.arange(len(owners))]
     made = []
     for index, (axis, (weight, bias)) in enumerate(zip(axes, solved, strict=True)):
         mine = owners == index
         made.append(branch(conv, along(weight[mine], axis), None if bias is None else bias[mine], axis))
-    return Branches(made, owners.argsort(stable=True).argsort(), channel_axis)
+    return Branches(made, owners.argsort(stable=True).argsort(), channel_axis), dense
 
 
 def line(kernel: Sequence[int], axis: int) -> Tensor:
@@ -80,7 +131,7 @@ def share_out(errors: Tensor, groups: int) -> Tensor:
     owners = torch.empty(outputs, dtype=torch.long)
     for group in range(groups):
         own = errors[:, group * each : (group + 1) * each]
-        room = [each // count + (index < each % count) for index in range(count)]
+        room = rooms(each, count)
         best = own.topk(2, dim=0, largest=False).values
         for output in (best[1] - best[0]).argsort(descending=True, stable=True).tolist():
             free = [index for index in range(count) if room[index]]
@@ -88,6 +139,11 @@ def share_out(errors: Tensor, groups: int) -> Tensor:
             room[chosen] -= 1
             owners[group * each + output] = chosen
     return owners
+
+
+def rooms(outputs: int, count: int) -> list[int]:
+    """How many outputs each of so many branches gives."""
+    return [outputs // count + (index < outputs % count) for index in range(count)]
 
 
 def branch(conv: Any, weight: Tensor, bias: Tensor | None, axis: int) -> nn.Module:

@@ -28,17 +28,21 @@ from .stack_kernels import StackKernels
 SHARES = [count / 24 for count in range(1, 24)]
 """Shares of a layer's cost to choose from."""
 
-DRAFTS, STEPS = (6, 2), 5
+DRAFTS, STEPS = (5, 2), 5
 """Drafts of a pass for a layer beside its pilot, and for one of which each takes long; joint steps of the pilot."""
 
 LONG = 5e8
 """Multiply-accumulates of a product of weight and Gram matrix from which on a draft takes long."""
 
-PILOT, HOPELESS, WORTH, NOTHING, CLIFF = 0.4, 8, 2.5, 1e-12, 1e4
-"""The share that each pass is drafted at first. What has more than so many times the least squared error there takes no
-joint steps; what has after them more than so many times that of another that costs no more, this part of the outputs
-aside, is not drafted any further. Squared errors below this part are rounding; two that differ by more than this factor
-have between them a share from which on a form is exact, and say nothing of each other.
+PILOT, NOTHING, CLIFF = 0.4, 1e-12, 1e4
+"""The share that each pass is drafted at first. Squared errors below this part of the outputs are rounding; two that
+differ by more than this factor have between them a share from which on a form is exact, and say nothing of each other.
+"""
+
+HOPELESS, WORTH, MOST = (3.0, 1.5), 2.5, (5, 4)
+"""What has more than so many times the squared error of another that costs no more, or in a layer for which drafts take
+long, takes no joint steps; what has after them more than so many times that, is not drafted any further. So many of the
+rest are, the nearest.
 """
 
 TINY = 1e-300
@@ -112,7 +116,8 @@ def prospects(planning: Planning, name: str, sites: Sequence[tuple[Site, Sequenc
             if not pilots:
                 continue
             nothing = NOTHING * prospect.size
-            prospect.curves = [draw_curve(pilot, sight, prospect.size) for pilot in worthy(pilots, nothing)]
+            worth = worthy(pilots, nothing, MOST[sight.takes_long])
+            prospect.curves = [draw_curve(pilot, sight, prospect.size) for pilot in worth]
         except FitError as unfit:
             prospect.reason = f"it could not be fitted: {unfit.problem}"
             continue
@@ -219,30 +224,35 @@ class Pilot:
     def after(self, steps: int, sight: Sight) -> Pilot:
         """The same after joint steps, if they bring it nearer; and as it is where a fit would take none."""
         pass_ = self.choices[self.index][1]
-        if sight.gram is None or (too_large(sight.weight) and not pass_.steps_if_large):
+        if sight.gram is None or not pass_.takes_steps or (too_large(sight.weight) and not pass_.steps_if_large):
             return self
         error, draft = sight.draft(pass_, steps)
         return replace(self, error=error, draft=draft) if error < self.error else self
 
+    def far_behind(self, other: Pilot, factor: float, nothing: float = 0.0) -> bool:
+        """Whether it is so many times as far off as another that costs no more, and `nothing` beside."""
+        cheaper = other.choices[other.index][0] <= 1.05 * self.choices[self.index][0]
+        return cheaper and self.error > factor * other.error + nothing
+
 
 def flown(pilots: Sequence[Pilot], sight: Sight) -> list[Pilot]:
     """Pilots after their joint steps; those that these cannot save go without, but a stack, which starts blindly."""
-    least = min((pilot.error for pilot in pilots), default=0.0)
 
     def hopeless(pilot: Pilot) -> bool:
-        return pilot.error > HOPELESS * least and not isinstance(pilot.choices[pilot.index][1], StackKernels)
+        if isinstance(pilot.choices[pilot.index][1], StackKernels):
+            return False
+        return any(pilot.far_behind(other, HOPELESS[sight.takes_long]) for other in pilots)
 
     return [pilot if hopeless(pilot) else pilot.after(STEPS, sight) for pilot in pilots]
 
 
-def worthy(pilots: Sequence[Pilot], nothing: float) -> list[Pilot]:
-    """Those that no other leaves far behind at no more cost; errors below `nothing` are alike."""
-
-    def far_behind(pilot: Pilot, other: Pilot) -> bool:
-        cheaper = other.choices[other.index][0] <= 1.05 * pilot.choices[pilot.index][0]
-        return cheaper and pilot.error > WORTH * other.error + nothing
-
-    return [pilot for pilot in pilots if not any(far_behind(pilot, other) for other in pilots)]
+def worthy(pilots: Sequence[Pilot], nothing: float, most: int) -> list[Pilot]:
+    """Those that no other leaves far behind at no more cost, errors below `nothing` being alike, and of them the
+    nearest; what has one form only takes no further drafts, and does not count.
+    """
+    found = [pilot for pilot in pilots if not any(pilot.far_behind(other, WORTH, nothing) for other in pilots)]
+    several = sorted((pilot for pilot in found if len(pilot.choices) > 1), key=lambda pilot: pilot.error)
+    return [pilot for pilot in found if len(pilot.choices) == 1 or any(pilot is item for item in several[:most])]
 
 
 def draw_curve(pilot: Pilot, sight: Sight, size: float) -> list[Option]:
@@ -254,7 +264,8 @@ def draw_curve(pilot: Pilot, sight: Sight, size: float) -> list[Option]:
         size: of the outputs, squared.
     """
     choices = pilot.choices
-    chosen = sorted({pilot.index, *spread(len(choices), DRAFTS[sight.takes_long])})
+    others = spread(len(choices) - 1, DRAFTS[sight.takes_long] - 1)
+    chosen = sorted({0, pilot.index, *(1 + index for index in others)})  # below the least no line says what there is
     start, error = (max(value, NOTHING * size, TINY) for value in (pilot.start, pilot.error))
     gain = error / start if start <= CLIFF * error else 1.0
     made = {

@@ -47,17 +47,18 @@ def product(factors: Sequence[Tensor]) -> Tensor:
     return (outer @ terms.mT).reshape(len(outer), *[item.shape[1] for item in factors])
 
 
-def nearest_terms(weight: Tensor, rank: int, gram: Tensor | None = None) -> list[Tensor]:
+def nearest_terms(weight: Tensor, rank: int, gram: Tensor | None = None, sweeps: int | None = None) -> list[Tensor]:
     """Factors of `rank` terms near W [g, O, C, *k] that do not cancel.
 
     By alternating least squares, from several starts where that takes no time; the best is not known to be found. With
-    S [g, F, F] of the inputs, near in the norm that it gives channels, and the best `outer` for the others.
+    S [g, F, F] of the inputs, near in the norm that it gives channels, and the best `outer` for the others. `sweeps`
+    are from one start, and by default what a fixed amount of arithmetic allows.
     """
     if gram is None or rank >= full_rank(weight.shape[1:]):
-        return _terms(weight, rank)
+        return _terms(weight, rank, sweeps)
     metric = separable.input_metric(gram, weight.shape[2], weight.shape[3:], ())
     root = cholesky_factor(metric, 1e-6)
-    factors = _terms(torch.einsum("gcd,goc...->god...", root, weight), rank)
+    factors = _terms(torch.einsum("gcd,goc...->god...", root, weight), rank, sweeps)
     factors[1] = linalg.solve_triangular(root.mT, factors[1], upper=True)
     return [_best_outer(factors, weight, gram), *factors[1:]]
 
@@ -161,12 +162,12 @@ def _best_outer(factors: Sequence[Tensor], weight: Tensor, gram: Tensor) -> Tens
     return torch.cholesky_solve(seen @ weight.flatten(2).mT, factor).mT
 
 
-def _terms(weight: Tensor, rank: int) -> list[Tensor]:
+def _terms(weight: Tensor, rank: int, sweeps: int | None) -> list[Tensor]:
     """Alternation in the Frobenius norm over the axes that have more than one place."""
     if rank >= full_rank(weight.shape[1:]):
         return balanced(_every_product(weight, rank))
     for ridge in _RIDGES:
-        found = balanced(_alternated(weight, rank, ridge))
+        found = balanced(_alternated(weight, rank, ridge, sweeps))
         if not cancels(found, weight):
             break
     return found
@@ -189,8 +190,10 @@ def _every_product(weight: Tensor, rank: int) -> list[Tensor]:
     return factors
 
 
-def _alternated(weight: Tensor, rank: int, ridge: float) -> list[Tensor]:
-    """The best of a few starts, each a share of the sweeps, with the rest of them."""
+def _alternated(weight: Tensor, rank: int, ridge: float, given: int | None) -> list[Tensor]:
+    """The best of a few starts, each a share of the sweeps, with the rest of them; all `given` ones from one start."""
+    if given is not None:
+        return _sweep(weight, _start(weight, rank, 0), ridge, given)[0]
     sweeps = min(max(int(_WORK / (2.0 * weight.dim() * weight.numel() * rank)), _FEWEST), _SWEEPS)
     starts = [_start(weight, rank, seed) for seed in range(_STARTS if sweeps == _SWEEPS else 1)]
     trial = min(_TRIAL, sweeps)

@@ -26,6 +26,9 @@ from ._stacking import compose
 from ._tucker import reduced_both, reduced_inputs
 from ._vbmf import evidence_rank
 
+DRAFT_SWEEPS, BRIEF_SWEEPS = (8, 3), (60, 6)
+"""Of alternating least squares with `style=cp`, in a draft and in a brief fit, and those of a large layer."""
+
 
 class Bottleneck(WithRelus, RankedPass):
     """conv[O, C, k, k]  =>  conv[R, C, 1, 1], conv[S, R, k, k], conv[O, S, 1, 1]              style=tucker
@@ -105,7 +108,7 @@ class Bottleneck(WithRelus, RankedPass):
         work, (weight, bias) = self.work(site), float64(site.layer)
         weight, ranks = with_taps(weight), self.ranks(site, work)
         if isinstance(work, CanonicalWork):
-            yield from self.canonical(site, ranks[0])
+            yield from self.canonical(site, ranks[0], None)
             return
 
         def start(wanted: Tensor, gram: Tensor | None = None) -> list[Tensor]:
@@ -118,18 +121,26 @@ class Bottleneck(WithRelus, RankedPass):
                 stages, level = fitted(stats, weight, bias, work.groups, start, near=True)
             yield self.activated(self.layers(site.layer, stages, level), site)
 
-    def canonical(self, site: Site, rank: int) -> Iterator[Replacement]:
-        """The same with `style=cp`."""
+    def brief(self, site: Site) -> Iterator[Replacement]:
+        """The candidates; of `style=cp` after fewer sweeps, behind which joint steps end within a few percent."""
+        work = self.work(site)
+        if not isinstance(work, CanonicalWork):
+            return self.candidates(site)
+        check_finite(site.layer.weight, "weights")
+        return self.canonical(site, self.ranks(site, work)[0], BRIEF_SWEEPS[too_large(site.layer.weight)])
+
+    def canonical(self, site: Site, rank: int, sweeps: int | None) -> Iterator[Replacement]:
+        """The candidates with `style=cp`."""
         weight, bias = float64(site.layer)
 
         def fit(wanted: Tensor, gram: Tensor) -> tuple[list[Tensor], Tensor]:
             target = as_axes(wanted, site.layer.groups)
-            factors = nearest_terms(target, rank, gram)
+            factors = nearest_terms(target, rank, gram, sweeps)
             if not too_large(wanted):
                 factors = refined_terms(factors, target, gram)
             return factors, product(factors).reshape(wanted.shape)
 
-        found = nearest_terms(as_axes(weight, site.layer.groups), rank)
+        found = nearest_terms(as_axes(weight, site.layer.groups), rank, None, sweeps)
         yield self.activated(self.canonical_layers(site.layer, found, bias), site)
         stats = fit_statistics(site)
         if stats is not None:
@@ -153,7 +164,8 @@ class Bottleneck(WithRelus, RankedPass):
         work, target = self.work(site), with_taps(weight)
         if isinstance(work, CanonicalWork):
             target = as_axes(weight, work.groups)
-            factors = nearest_terms(target, self.ranks(site, work)[0], gram)
+            sweeps = DRAFT_SWEEPS[too_large(weight)]
+            factors = nearest_terms(target, self.ranks(site, work)[0], gram, sweeps)
             if gram is not None and steps and not too_large(weight):
                 factors = refined_terms(factors, target, gram, steps)
             made = self.canonical_layers(site.layer, factors, float64(site.layer)[1])

@@ -27,21 +27,28 @@ from .stack_kernels import StackKernels
 
 Variant = Literal["bottleneck", "group-shuffle", "split-kernels", "stack-kernels"]
 
-STYLES: dict[str, list[tuple[type[RankedPass], dict[str, Any]]]] = {
-    "bottleneck": [(Bottleneck, {}), (Bottleneck, {"style": "inception"})],
-    "group-shuffle": [
-        (GroupShuffle, {"style": style}) for style in ("pointwise", "depthwise", "shuffle-unit")
-    ],
-    "split-kernels": [(SplitKernels, {})],
-    "stack-kernels": [(StackKernels, {})],
-}  # fmt: skip
-"""The ways of each pass that change the function the least at their cost. Over more than one pixel a shuffle unit is
-never as near as the same groups without a shuffle, `style=permuted` is the farthest of all, and
-to draft `style=cp` takes longer than all others together.
-"""
 
-WAYS = ("style", "arrangement", "merge")
-"""The options that say which way of a pass it is."""
+class Way(NamedTuple):
+    """A pass with options that say which way it is, and those that a share of the cost and the rounding set."""
+
+    kind: type[RankedPass]
+    options: Mapping[str, Any] = {}
+    free: tuple[str, ...] = ("rank", "round_to")
+
+
+WAYS: dict[str, list[Way]] = {
+    "bottleneck": [Way(Bottleneck, {"style": style}) for style in ("tucker", "inception", "cp")],
+    "group-shuffle": [
+        *[Way(GroupShuffle, {"style": style}) for style in ("pointwise", "depthwise", "shuffle-unit")],
+        Way(GroupShuffle, {"style": "permuted"}, ("rank",)),
+    ],
+    "split-kernels": [
+        Way(SplitKernels, {"arrangement": "sequential"}),
+        *[Way(SplitKernels, {"arrangement": "parallel", "merge": merge}, ()) for merge in ("sum", "concat")],
+    ],
+    "stack-kernels": [Way(StackKernels)],
+}
+"""The ways of each pass that keep the function as near as they can: all but those with activation=relu."""
 
 CONTENDERS, NEAR = (3, 2), 1.5
 """So many ways at most are fitted to a layer, and to one of which each takes long, and held against each other on
@@ -56,17 +63,22 @@ class Factorize(Pass):
     """each convolution and linear layer  =>  what `bottleneck`, `group-shuffle`, `split-kernels` or `stack-kernels`
                                          makes of it, or as it was
 
-    For a whole network to cost `saving` less. Each pass drafts what it would put in each layer's place at rising cost:
-    a closed form and, for one of the costs, some joint steps, in the norm of the layer's inputs. What such an error
-    does to the network's outputs is measured by running the rest of the network with it. Then costs are shared out:
-    from the layers as they are, always the step that costs the outputs the least for what it saves, taken that errors
-    add up as independent ones do, also those of a layer that is called again (Shoham and Gersho 1988). At its cost, a
-    layer gets the passes that came nearest in the drafts; they are fitted in full, in the order of the data, and the
-    nearest on held-out data is kept.
+    For a whole network to cost `saving` less. Each style of each pass, but those that want training, drafts what it
+    would put in each layer's place at one cost: a closed form and some joint steps, in the norm of the layer's inputs.
+    What another leaves far behind at no more cost is dropped there; the nearest draft at rising cost. What such an
+    error does to the outputs is measured by running the rest of the network with it. Then costs are shared out: from
+    the layers as they are, always the step that costs the outputs the least for what it saves, taken that errors add up
+    as independent ones do, also those of a layer that is called again (Shoham and Gersho 1988). At its cost, a layer
+    gets the passes that came nearest in the drafts; they are fitted in full, in the order of the data, and the nearest
+    on held-out data is kept.
 
     With `objective=latency` the drafts are run in ONNX Runtime, on the shapes of the example inputs, beside the layer
     in whose place they would stand; those that are not faster are left out, whatever MACs they save. `saving` is then a
     share of the time that all these layers take. Times differ from run to run, and so may what is chosen.
+
+    `reduce-grid` and `activation=relu` are no variants: they change the function, and no error says by how much once it
+    is trained. Side by side, `split-kernels` cannot be timed layer by layer, and is left out with `objective=latency`.
+    Orders of channels that `permuted` and `merge=concat` leave are for `absorb-shuffles` to take out.
 
     Without calibration data all is taken from the weights, and the layers' importance from random inputs.
     """
@@ -103,8 +115,8 @@ class Factorize(Pass):
     def styles(self) -> Iterator[Style]:
         """Each way of each variant, for a share of a layer's MACs."""
         for variant in dict.fromkeys(self.variants):
-            for kind, options in STYLES[variant]:
-                yield partial(style, kind, {**options, "round_to": self.round_to, "min_saving": None})
+            for way in WAYS[variant]:
+                yield partial(style, way, self.round_to)
 
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """What some variant serves; once it is planned, what is to be rewritten."""
@@ -223,7 +235,7 @@ class Factorize(Pass):
             if takes_long(site.layer.weight):
                 yield pass_.rewrite(site)
             else:
-                yield from pass_.candidates(site)
+                yield from pass_.brief(site)
 
     def chosen(self, site: Site) -> Sequence[RankedPass]:
         """The passes that are planned for a site."""
@@ -232,17 +244,16 @@ class Factorize(Pass):
         return plan
 
 
-def style(kind: type[RankedPass], options: Mapping[str, Any], share: float) -> RankedPass:
+def style(way: Way, round_to: int | None, share: float) -> RankedPass:
     """A pass with a share of a layer's MACs to spend."""
-    return kind(rank=share, **options)
+    values: dict[str, Any] = {"rank": share, "round_to": round_to}
+    return way.kind(**way.options, **{option: values[option] for option in way.free}, min_saving=None)
 
 
 def serves(pass_: RankedPass, site: Site) -> bool:
-    """Whether a way is worth trying on a site: not what is the same as, or never as near as, another."""
+    """Whether a way is worth trying on a site: over single pixels all styles of a bottleneck are the same pair."""
     single = isinstance(site.layer, nn.Linear) or max(site.layer.kernel_size) == 1
-    if isinstance(pass_, Bottleneck):
-        return not (single and pass_.style == "inception")
-    return not isinstance(pass_, GroupShuffle) or single or pass_.style != "shuffle-unit"
+    return not (single and isinstance(pass_, Bottleneck) and pass_.style != "tucker")
 
 
 class Priced(NamedTuple):
@@ -298,5 +309,7 @@ def worded(reasons: Sequence[tuple[RankedPass, str]]) -> str:
 
 def label(pass_: RankedPass) -> str:
     """A pass with the options that say which way it is, as in a pipeline's text."""
-    ways = [f"{option}={getattr(pass_, option)}" for option in WAYS if hasattr(pass_, option)]
-    return f"{pass_.name}({', '.join(ways)})"
+    (way,) = (
+        way for way in WAYS[pass_.name] if all(getattr(pass_, option) == value for option, value in way.options.items())
+    )
+    return f"{pass_.name}({', '.join(f'{option}={value}' for option, value in way.options.items())})"

@@ -150,6 +150,11 @@ class GroupShuffle(RankedPass):
         if stats is not None:
             yield self.layers(site, *fitted_by(stats, weight, bias, fit))
 
+    @property
+    def takes_steps(self) -> bool:
+        """Whether joint steps bring its drafts nearer: one layer is solved for at once."""
+        return self.style != "permuted"
+
     def draft(self, site: Site, weight: Tensor, gram: Tensor | None = None, steps: int = 0) -> Draft:
         """The closed form, and so many joint steps."""
         target, norm = by_group(weight, site.layer.groups), None if gram is None else held(gram)
@@ -174,9 +179,9 @@ class GroupShuffle(RankedPass):
     def pinned(self, site: Site, layers: Sequence[nn.Module]) -> Self:
         """With so many groups as the first of these layers has."""
         first: Any = layers[0]
-        return (
-            self if self.style == "depthwise" else self.model_copy(update={"groups": first.groups // site.layer.groups})
-        )
+        if self.style in ("depthwise", "permuted"):
+            return self
+        return self.model_copy(update={"groups": first.groups // site.layer.groups})
 
     def affordable_forms(self, site: Site) -> list[Form]:
         """Those that cost no more than the share that `rank` gives; else the one that costs least."""

@@ -119,9 +119,17 @@ class SplitKernels(WithRelus, RankedPass):
                 )
             yield self.activated(self.layers(conv, pair, bias), site)
 
+    @property
+    def takes_steps(self) -> bool:
+        """Whether joint steps bring its drafts nearer: what is side by side is solved for at once."""
+        return self.arrangement == "sequential"
+
     def draft(self, site: Site, weight: Tensor, gram: Tensor | None = None, steps: int = 0) -> Draft:
-        """The closed form in sequence, and so many joint steps."""
+        """The closed form, and in sequence so many joint steps."""
         groups = site.layer.groups
+        if self.arrangement == "parallel":
+            made, dense = cross.draft(site.layer, self.merge, weight, gram, channel_axis(site))
+            return Draft([made], dense)
         pair = drafted(self.nearest_pair(site, weight, gram), weight, gram, groups, steps)
         return Draft(self.layers(site.layer, pair, float64(site.layer)[1]), compose(pair, groups))
 
@@ -147,7 +155,10 @@ class SplitKernels(WithRelus, RankedPass):
         return [(axes, width) for _, axes, width in self.affordable_ways(site)]
 
     def alternatives(self, site: Site) -> list[tuple[float, ...]]:
-        """The ways, with the channels between and the axes of the first layer."""
+        """The ways, with the channels between and the axes of the first layer; side by side there is one."""
+        if self.arrangement == "parallel":
+            conv = site.layer
+            return [(cross.share(conv.kernel_size, conv.out_channels // conv.groups, self.merge),)]
         return [(share, width, *axes) for share, axes, width in self.affordable_ways(site)]
 
     def affordable_ways(self, site: Site) -> list[tuple[float, Axes, int]]:

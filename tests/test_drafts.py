@@ -28,6 +28,10 @@ WIDE: list[RankedPass] = [
     GroupShuffle(rank=0.5, style="shuffle-unit", round_to=1),
     GroupShuffle(rank=0.5, style="permuted"),
     StackKernels(rank=0.5, round_to=1),
+    Bottleneck(rank=0.5, style="cp", round_to=1),
+    GroupShuffle(rank=0.5, style="permuted"),
+    SplitKernels(arrangement="parallel"),
+    SplitKernels(arrangement="parallel", merge="concat"),
 ]
 
 
@@ -84,9 +88,10 @@ def test_data_and_then_joint_steps_bring_a_draft_nearer(pass_: RankedPass) -> No
         assert seen < 0.9 * blind
     assert stepped < 0.95 * blind
     assert stepped <= seen
+    assert pass_.takes_steps == (stepped < seen)
 
 
-@pytest.mark.parametrize("pass_", [item for item in WIDE if getattr(item, "style", None) != "permuted"], ids=str)
+@pytest.mark.parametrize("pass_", [item for item in WIDE if item.takes_steps], ids=str)
 def test_a_draft_takes_as_many_steps_as_it_is_given(pass_: RankedPass) -> None:
     layer, x = conv(12, 10, 5, 5, padding=2), images(8, 12, 9, 9)
     site, gram, weight = site_of(pass_, layer, x), gram_of(layer, x), layer.weight.detach()

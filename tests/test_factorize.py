@@ -12,6 +12,7 @@ from fxcompile.passes import Bottleneck, Factorize, GroupShuffle, SplitKernels, 
 from fxcompile.passes import _drafts as drafts
 from fxcompile.passes._ranks import Draft, RankedPass
 from helpers import Net, assert_text_means_the_same, conv, images, outputs, randn, relative, with_layers
+from helpers import planted as planted_groups
 from torch import Tensor, nn
 
 from fxcompile import latency
@@ -62,6 +63,50 @@ def block_conv(channels: int, rank: int, seed: int) -> Any:
     kernels, mix = randn(channels, rank, 5, 5, seed=seed + 1), randn(channels, channels, rank, seed=seed + 2)
     layer.weight.data = torch.einsum("crij,ocr->ocij", kernels, mix) / 20
     return layer
+
+
+def polyadic_conv(channels: int, rank: int, seed: int) -> Any:
+    """5x5, and 1x1, 5x1 and 1x5 of each channel, and 1x1 in truth."""
+    layer = conv(channels, channels, 5, 5, padding=2, seed=seed)
+    sides = [randn(size, rank, seed=seed + 1 + axis) for axis, size in enumerate(layer.weight.shape)]
+    layer.weight.data = torch.einsum("or,cr,ir,jr->ocij", *sides) / 20
+    return layer
+
+
+def crossed_conv(channels: int, seed: int, concat: bool = False) -> Any:
+    """5x5 of whose taps all but the middle row and column are zero; or each output has one of the two."""
+    layer = conv(channels, channels, 5, 5, padding=2, seed=seed)
+    taps = torch.zeros(2, 5, 5, dtype=torch.float64)
+    taps[0, 2, :], taps[1, :, 2] = 1, 1
+    own = taps[torch.arange(channels) % 2] if concat else taps.amax(0).expand(channels, 5, 5)
+    layer.weight.data *= own.unsqueeze(1)
+    return layer
+
+
+def permuted_conv(channels: int, groups: int, seed: int) -> Any:
+    """3x3 of so many groups in disorder."""
+    layer = conv(channels, channels, 3, 3, padding=1, seed=seed)
+    planted_groups(layer, groups, seed)
+    return layer
+
+
+STRUCTURED: dict[str, Callable[[], tuple[Any, float, str]]] = {
+    "cp": lambda: (polyadic_conv(8, 12, 1), 0.6, "1x5 groups="),
+    "sum": lambda: (crossed_conv(8, 1), 0.55, "Branches"),
+    "concat": lambda: (crossed_conv(8, 1, concat=True), 0.75, "Branches"),
+    "permuted": lambda: (permuted_conv(8, 4, 1), 0.7, "groups=4"),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_what_one_style_makes_exactly_is_found_by_it(name: str) -> None:
+    layer, saving, change = STRUCTURED[name]()
+    x = images(24, 8, 10, 10)
+    result = factorized(layer, x, x, saving=saving)
+    (site,) = result.record.passes[0].sites
+    assert site.error < 1e-3
+    assert macs(result) <= 1 - saving
+    assert change in site.change, site.change
 
 
 def planted() -> Net:
@@ -210,7 +255,8 @@ def test_a_layer_that_no_variant_serves_is_left_with_their_reasons() -> None:
     net.third.weight = net.first.weight
     reasons = {site.name: site.reason for site in factorized(net, x, x).record.passes[0].sites}
     assert reasons["first"] == "it shares its weight with 'third', which would keep it"
-    assert reasons["second"].startswith("bottleneck(style=tucker): one channel a group between costs 167%")
+    pair = "bottleneck(style=tucker), bottleneck(style=cp)"
+    assert reasons["second"].startswith(f"{pair}: one channel a group between costs 167%")
     assert "; group-shuffle: it has one input in each of its groups" in reasons["second"]
 
 
@@ -257,7 +303,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Sequence[Any]], 
 
 
 def weights_of(layers: Sequence[Any]) -> float:
-    return float(sum(layer.weight.numel() for layer in layers))
+    named = [item for layer in layers for item in layer.named_parameters()]
+    return float(sum(tensor.numel() for name, tensor in named if name.endswith("weight")))
 
 
 def test_with_the_objective_latency_times_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +336,8 @@ def test_what_is_slower_though_it_saves_macs_is_not_taken(monkeypatch: pytest.Mo
         """Only two layers in sequence without groups are faster."""
         if len(layers) == 1:
             return 1.0
-        return 0.99 if any(item.groups > 1 or max(item.kernel_size) == 1 for item in layers) else 0.3
+        plain = all(isinstance(item, nn.Conv2d) and item.groups == 1 and max(item.kernel_size) > 1 for item in layers)
+        return 0.3 if plain else 0.99
 
     pretend(monkeypatch, seconds)
     (site,) = factorized(layer, x, x, saving=0.5, objective="latency", variants=["bottleneck"]).record.passes[0].sites
@@ -437,9 +485,11 @@ def test_what_another_leaves_far_behind_at_no_more_cost_is_dropped() -> None:
         return drafts.Pilot([(0.1, SplitKernels()), (share, SplitKernels())], 1, error, error, nothing)
 
     best, worse, dearer, cheaper = pilot(0.4, 1.0), pilot(0.41, 2.6), pilot(0.5, 2.6), pilot(0.3, 2.6)
-    assert drafts.worthy([worse, best, dearer, cheaper], 0.0) == [best, cheaper]
-    assert drafts.worthy([best, pilot(0.4, 2.4)], 0.0) == [best, pilot(0.4, 2.4)]
-    assert len(drafts.worthy([best, worse], 0.2)) == 2
+    assert drafts.worthy([worse, best, dearer, cheaper], 0.0, 9) == [best, cheaper]
+    assert drafts.worthy([best, pilot(0.4, 2.4)], 0.0, 9) == [best, pilot(0.4, 2.4)]
+    assert len(drafts.worthy([best, worse], 0.2, 9)) == 2
+    single = drafts.Pilot([(0.3, SplitKernels())], 0, 2.0, 2.0, nothing)
+    assert drafts.worthy([cheaper, single, best, pilot(0.4, 1.5)], 0.0, 2) == [single, best, pilot(0.4, 1.5)]
 
 
 def test_the_weight_of_a_layer_is_what_its_error_does_to_the_outputs() -> None:
@@ -546,6 +596,20 @@ def test_the_kit_breaks_none_of_its_promises(options: dict[str, Any], monkeypatc
 def test_all_passes_of_the_family_are_among_the_variants() -> None:
     kinds: set[type[RankedPass]] = {kind for item in Factorize().styles() for kind in [type(item(0.5))]}
     assert kinds == {Bottleneck, GroupShuffle, SplitKernels, StackKernels}
+    styles = {factorize.label(item(0.5)) for item in Factorize().styles()}
+    assert styles == {
+        "bottleneck(style=tucker)",
+        "bottleneck(style=inception)",
+        "bottleneck(style=cp)",
+        "group-shuffle(style=pointwise)",
+        "group-shuffle(style=depthwise)",
+        "group-shuffle(style=shuffle-unit)",
+        "group-shuffle(style=permuted)",
+        "split-kernels(arrangement=sequential)",
+        "split-kernels(arrangement=parallel, merge=sum)",
+        "split-kernels(arrangement=parallel, merge=concat)",
+        "stack-kernels()",
+    }
     assert len({str(item(0.5)) for item in Factorize().styles()}) == len(list(Factorize().styles()))
     (stack,) = Factorize(variants=["stack-kernels"], round_to=4).styles()
     assert stack(0.25) == StackKernels(rank=0.25, round_to=4, min_saving=None)
