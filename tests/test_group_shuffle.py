@@ -396,6 +396,17 @@ def test_the_kit_breaks_none_of_its_promises(options: dict[str, Any], exact: boo
 # ---- in a network ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("style", "groups", "width"), [("pointwise", 4, 16), ("depthwise", 8, 16)])
+def test_golden_pairs(style: str, groups: int, width: int) -> None:
+    split = {} if style == "depthwise" else {"groups": groups}
+    result = shuffled(conv(8, 12, 3, 3, padding=1), randn(2, 8, 9, 9), rank=16, style=style, **split)
+    assert printed(result.program) == "\n".join([
+        f"weight.0 = Conv2d 8->{width} 3x3 groups={groups}(input)",
+        f"weight.1 = Conv2d {width}->12 1x1(weight.0)",
+        "return weight.1",
+    ])  # fmt: skip
+
+
 def test_golden_units() -> None:
     net = Net(lambda m, x: m.point(m.norm(m.conv(x)).relu()), conv=nn.Conv2d(8, 12, 3, padding=1, stride=2),
               norm=nn.BatchNorm2d(12), point=nn.Conv2d(12, 16, 1))  # fmt: skip
