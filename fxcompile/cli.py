@@ -127,6 +127,8 @@ _compile_options = with_options(
     click.option("--dynamic", metavar="batch|none|NAME=AXES", multiple=True,
                  help="Input dimensions that stay free, as image=0,2,3 once for each input  [default: batch]"),
     click.option("--opset", type=int, metavar="N", help="The ONNX opset, 18 to 24  [default: the exporter's]"),
+    click.option("--pack", type=click.Choice(["auto", "off"]), default="auto", show_default=True,
+                 help="Whether weights with many zeros are stored without them, and decoded when the file is loaded."),
     click.option("--dump-dir", type=path_type, metavar="DIR",
                  help="A folder for the graph after each pass, as readable text."),
     report_options,
@@ -165,6 +167,7 @@ def compile_command(
     seed: int,
     dynamic: tuple[str, ...],
     opset: int | None,
+    pack: str,
     dump_dir: Path | None,
     as_json: bool,
     report_file: Path | None,
@@ -209,7 +212,7 @@ def compile_command(
             del program
             gc.collect()  # the weights before the passes: writing needs memory for two copies of those after them
             progress("exporting, checking and writing", 0, 1)
-            record = result.save_onnx(output, dynamic=free, opset=opset, verify=verify != "off")
+            record = result.save_onnx(output, dynamic=free, opset=opset, verify=verify != "off", packed=pack != "off")
         if report_file is not None:
             write_results(record, report_file)
     if as_json or not quiet:

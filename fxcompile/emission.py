@@ -23,8 +23,9 @@ from fxcompile.given import Given
 from fxcompile.labels import dtype_name
 from fxcompile.layers import is_finite
 from fxcompile.onnxfile import OnnxFile, write_onnx
+from fxcompile.packing import pack
 from fxcompile.program import InputSpec, Program
-from fxcompile.report import FileReport
+from fxcompile.report import FileReport, PackedReport
 from fxcompile.rounding import Seen, compare_noisy
 from fxcompile.runtime import feeds_of, open_session, run_session
 from fxcompile.simplifying import OPAQUE_BYTES, SIMPLIFICATIONS, put_metadata, simplify
@@ -46,6 +47,7 @@ def save_onnx(
     opset: int | None = None,
     verify: bool = True,
     simplified: bool = True,
+    packed: bool = True,
 ) -> FileReport:
     """Write a result's program as a simplified ONNX file which ONNX Runtime has been seen to run.
 
@@ -55,6 +57,7 @@ def save_onnx(
         opset: the ONNX opset; by default the exporter's own.
         verify: hold the file against the program in ONNX Runtime before it is written.
         simplified: by onnxsim; else as the exporter makes it.
+        packed: weights with many zeros as a bit each and what is not zero, decoded when the file is loaded.
 
     Raises:
         EmitError: the exporter cannot express the program, or the file does not compute what the program does.
@@ -77,7 +80,7 @@ def save_onnx(
     metadata = {"fxcompile.pipeline": result.pipeline, "fxcompile.seed": str(result.seed)}
     for options in SIMPLIFICATIONS if simplified else (None,):
         try:
-            report = _write(model, program, options, metadata, result, path, verify)
+            report = _write(model, program, options, metadata, result, path, verify, packed)
         except (EmitError, DecodeError):
             if options is None:
                 raise
@@ -95,13 +98,17 @@ def _write(
     result: Result,
     path: Path,
     verify: bool,
+    packed: bool,
 ) -> FileReport:
-    """Simplify, write beside the output, check there, and only then put it in its place."""
+    """Simplify, pack, write beside the output, check there, and only then put it in its place."""
     watch = result.watch
     with watch.stage("simplify"):
         file = simplify(model, program, options)
     file.proto.producer_name, file.proto.producer_version = "fxcompile", version()
     put_metadata(file.proto.metadata_props, metadata)
+    nodes = len(file.proto.graph.node)
+    with watch.stage("pack"):
+        forms = pack(file) if packed else []
     with scratch_beside(path) as folder:
         scratch = folder / path.name
         with watch.stage("write"):
@@ -120,9 +127,10 @@ def _write(
             size = publish(scratch, path)
     result.record.amplified = max(result.record.amplified, seen.amplified)
     graph = file.proto.graph
+    weights = PackedReport(len(forms), sum(form.before for form in forms), sum(form.after for form in forms))
     opset = next(item.version for item in file.proto.opset_import if item.domain == "")
     return FileReport(
-        str(path), size, len(graph.node), opset, seen.error, examples, shapes(graph.input), shapes(graph.output)
+        str(path), size, nodes, opset, seen.error, examples, shapes(graph.input), shapes(graph.output), weights
     )
 
 

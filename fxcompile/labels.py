@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
+from fxcompile.masks import keeps_zeros
 from fxcompile.program import Program
 
 
@@ -26,6 +29,16 @@ def function_name(node: fx.Node) -> str:
 
 def describe_layer(layer: nn.Module) -> str:
     """A layer in a few characters: `Conv2d 32->64 5x5 /2`."""
+    text = _describe(layer)
+    return f"{text}, {zeros_share(layer.weight):.1%} zeros" if keeps_zeros(layer) else text
+
+
+def zeros_share(weight: Any) -> float:
+    """The share of a weight's numbers that are zero."""
+    return float((weight == 0).double().mean())
+
+
+def _describe(layer: nn.Module) -> str:
     kind = str(layer._get_name())
     weight = getattr(layer, "weight", None)
     kernel = getattr(layer, "kernel_size", None)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from fxcompile.errors import FitError, TraceError
 from fxcompile.labels import dtype_name
+from fxcompile.masks import keeping_zeros, keeps_zeros
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -93,6 +94,8 @@ def plain_layer(module: nn.Module, name: str, input_shape: tuple[int, ...] = ())
                 mend="remove the parametrisation first with torch.nn.utils.parametrize.remove_parametrizations",
             )
         layer = _evaluated(module, kind)
+        if keeps_zeros(module):
+            keeping_zeros(layer)
     else:
         layer = shallow_copy(module)
         if kind is not None:
@@ -128,7 +131,11 @@ def holds_weights(what: object) -> bool:
 
 def shallow_copy(module: nn.Module) -> nn.Module:
     """A module of its own over the same tensors: mode and attributes of one do not reach the other."""
-    copied = copy.copy(module)
+    if parametrize.is_parametrized(module):  # which refuses to be copied
+        copied = object.__new__(type(module))
+        copied.__dict__.update(module.__dict__)
+    else:
+        copied = copy.copy(module)
     for registry in (
         "_parameters",
         "_buffers",

@@ -17,8 +17,9 @@ from fxcompile.drawing import FEWEST, Inputs
 from fxcompile.dumping import Dumps
 from fxcompile.errors import UsageError, did_you_mean
 from fxcompile.given import Given
+from fxcompile.masks import put_masks
 from fxcompile.pipeline import format_pipeline, parse_pipeline
-from fxcompile.program import FEATURE, Program
+from fxcompile.program import FEATURE, Program, fetch
 from fxcompile.progress import Progress, silent
 from fxcompile.report import Report
 from fxcompile.rewriting import Pass
@@ -59,18 +60,22 @@ class Result:
 
     @property
     def module(self) -> fx.GraphModule:
-        """The rewritten network as a GraphModule with tensors of its own: train and save it as any other."""
+        """The rewritten network as a GraphModule with tensors of its own: train and save it as any other.
+
+        Zeros that `sparsify` made have a mask, a parametrization of the weight: they stay zero in training.
+        """
         if not self._module:
             copied = self.program.snapshot().module
             shared: dict[int, Tensor] = {}
-            self._module.append(copy.deepcopy(copied, shared))
+            module = copy.deepcopy(copied, shared)
+            put_masks(module)
+            self._module.append(module)
         return self._module[0]
 
     def _is_trained(self, module: fx.GraphModule) -> bool:
         """Whether any tensor of the copy that was handed out has other values than the program's own."""
         own = self.program.module.state_dict()
-        given = module.state_dict()
-        return own.keys() != given.keys() or not all(torch.equal(own[name], given[name]) for name in own)
+        return not all(torch.equal(value, fetch(module, name)) for name, value in own.items())
 
     def report(self) -> Report:
         """What every pass did, site by site; prints as a table."""

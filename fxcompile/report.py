@@ -68,6 +68,15 @@ class PassReport:
 
 
 @dataclass
+class PackedReport:
+    """Weights that the file holds in a compact form: how many, their bytes when dense, and those in the file."""
+
+    weights: int = 0
+    dense: int = 0
+    bytes: int = 0
+
+
+@dataclass
 class FileReport:
     """The file written: its size, how far ONNX Runtime is from the program, and what the network's inputs are."""
 
@@ -79,6 +88,7 @@ class FileReport:
     examples: int
     inputs: dict[str, list[int | str]]
     outputs: dict[str, list[int | str]]
+    packed: PackedReport = field(default_factory=PackedReport)
 
 
 @dataclass
@@ -91,7 +101,8 @@ class Report:
             relative to an output's largest value; 0 where it had to let none pass.
         seconds: time by stage, which adds up to the whole: reading, tracing, each pass under its name (finding sites,
             rewriting, fitting), analysis (costs, snapshots, checks of the graph), verification (of passes), export
-            (`torch.onnx.export`), simplify, write, check (`onnx.checker`), runtime (verification in ONNX Runtime).
+            (`torch.onnx.export`), simplify, pack, write, check (`onnx.checker`), runtime (verification in ONNX
+            Runtime).
     """
 
     model: str
@@ -159,8 +170,15 @@ def _file_text(file: FileReport) -> str:
     agrees = f"ONNX Runtime agrees to {file.error:.1e} on {file.examples} inputs"
     return (
         f"{file.path}: {file.bytes:,} bytes, {file.nodes} nodes, opset {file.opset}, "
-        f"{agrees if file.examples else 'not held against ONNX Runtime'}"
+        f"{agrees if file.examples else 'not held against ONNX Runtime'}{_packed_text(file.packed)}"
     )
+
+
+def _packed_text(packed: PackedReport) -> str:
+    if not packed.weights:
+        return ""
+    what = "weight takes" if packed.weights == 1 else "weights take"
+    return f"; {packed.weights} {what} {packed.bytes:,} bytes of it packed, instead of {packed.dense:,}"
 
 
 def _cells(item: PassReport | SiteReport) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from .group_shuffle import GroupShuffle
 from .head_to_conv import HeadToConv
 from .prune_filters import PruneFilters
 from .reduce_grid import ReduceGrid
+from .sparsify import Sparsify
 from .split_kernels import SplitKernels
 from .stack_kernels import StackKernels
 
@@ -22,6 +23,7 @@ __all__ = [
     "HeadToConv",
     "PruneFilters",
     "ReduceGrid",
+    "Sparsify",
     "SplitKernels",
     "StackKernels",
 ]

@@ -68,13 +68,15 @@ def layer_adaptive(group: Group) -> Tensor:
     """The square of each filter's norm as a share of those that are no smaller (Lee et al. 2021), comparable between
     layers.
     """
-    found = []
-    for rows in makers(group):
-        squares = rows.square().sum(1)
-        values, order = squares.sort(stable=True)
-        left = values.flip(0).cumsum(0).flip(0)
-        found.append(torch.empty_like(squares).index_copy_(0, order, values / left.clamp_min(1e-300)))
+    found = [share_of_larger(rows.square().sum(1)) for rows in makers(group)]
     return torch.stack(found).mean(0) if found else torch.ones(len(group), dtype=torch.float64)
+
+
+def share_of_larger(squares: Tensor) -> Tensor:
+    """[n], each as a share of the sum of those that are no smaller: the largest is 1."""
+    values, order = squares.sort(stable=True)
+    left = values.flip(0).cumsum(0).flip(0)
+    return torch.empty_like(squares).index_copy_(0, order, values / left.clamp_min(1e-300))
 
 
 Values = Callable[[fx.Node], list[Tensor]]

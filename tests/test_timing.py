@@ -55,7 +55,7 @@ def test_a_compilation_reports_every_stage_in_the_order_of_the_work(tmp_path: Pa
     result = fxc.PassManager("fold-batchnorm, eliminate-identity, stack-kernels", verify_examples=2).run(program)
     seconds = result.save_onnx(tmp_path / "model.onnx").as_dict()["seconds"]
     assert list(seconds) == ["tracing", "analysis", "fold-batchnorm", "verification", "eliminate-identity",
-                             "stack-kernels", "export", "simplify", "write", "check", "runtime"]  # fmt: skip
+                             "stack-kernels", "export", "simplify", "pack", "write", "check", "runtime"]  # fmt: skip
     assert all(value > 0 for value in seconds.values())
 
 
