@@ -55,6 +55,9 @@ CONTENDERS, NEAR = (3, 2), 1.5
 held-out data: those whose squared error was drafted to be within this factor of the least.
 """
 
+TOLD = 8
+"""Layers whose times are told."""
+
 FASTER = 0.02
 """The share of a layer's time below which a gain may be chance."""
 
@@ -173,8 +176,10 @@ class Factorize(Pass):
             what = "network's MACs" if self.objective == "macs" else "layers' time"
             planning.notes.append(
                 f"{self.name}: saving={self.saving:g} is out of reach, its sites save "
-                f"{(whole - spent) / total if total else 0.0:.0%} of the {what} at most"
+                f"{(whole - spent) / total if total else 0.0:.0%} of the {what} at most; each is what costs the least"
             )
+        if self.objective == "latency" and whole:
+            planning.notes.append(self.times_told(bills, chosen_from, chosen))
         plan: dict[str, Sequence[RankedPass] | str] = {}
         for prospect, bill, index in zip(found, bills, chosen, strict=True):
             if index:
@@ -182,6 +187,17 @@ class Factorize(Pass):
             else:
                 plan[prospect.site.name] = bill.reason
         return plan
+
+    def times_told(self, bills: Sequence[Bill], chosen_from: Sequence[Sequence[Choice]], chosen: Sequence[int]) -> str:
+        """What the layers take, and what is planned for them, in words; the slowest by name."""
+        now = [own[index].cost for own, index in zip(chosen_from, chosen, strict=True)]
+        whole = sum(bill.whole for bill in bills)
+        slowest = sorted(zip(bills, now, strict=True), key=lambda pair: -pair[0].whole)[:TOLD]
+        named = ", ".join(f"{bill.site.name} {1e3 * bill.whole:.4g} > {1e3 * after:.4g}" for bill, after in slowest)
+        return (
+            f"{self.name}: in ONNX Runtime its {len(bills)} layers take {1e3 * whole:.4g} ms by themselves, and "
+            f"{1e3 * sum(now):.4g} ms as planned ({1 - sum(now) / whole:.0%} less); the slowest, in ms: {named}"
+        )
 
     def bill(self, planning: Planning, index: int, prospect: Prospect, count: int) -> Bill:
         """What the options of a site that keep to the limits cost."""

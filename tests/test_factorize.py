@@ -373,8 +373,12 @@ def test_a_time_out_of_reach_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     x = randn(24, 8, 10, 10)
     pretend(monkeypatch, lambda layers: 1.0 if len(layers) == 1 else 0.8)
     result = factorized(conv(8, 8, 5, 5), x, x, saving=0.5, objective="latency")
+    (site,) = result.record.passes[0].sites
     assert result.record.notes == [
-        "factorize: saving=0.5 is out of reach, its sites save 20% of the layers' time at most"
+        "factorize: saving=0.5 is out of reach, its sites save 20% of the layers' time at most; each is what costs the "
+        "least",
+        "factorize: in ONNX Runtime its 1 layers take 1000 ms by themselves, and 800 ms as planned (20% less); the "
+        f"slowest, in ms: {site.name} 1000 > 800",
     ]
 
 
