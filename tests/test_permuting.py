@@ -151,6 +151,16 @@ def test_data_never_lose_to_the_weights_and_bring_more_than_the_order(seed: int)
     assert errors[1] < 0.6 * errors[0]
 
 
+def test_what_is_fitted_to_data_keeps_the_mean_of_each_output() -> None:
+    layer, x = conv(12, 12, 3, 3, padding=1), images(60, 12, 9, 9)
+    wanted = outputs(layer, x)
+    pass_ = GroupShuffle(style="permuted", groups=2)
+    site = next(item for item in pass_.sites(trace(layer, x[:2])) if isinstance(item, Site))
+    *_, fitted = pass_.candidates(site.with_pairs(((x, wanted),)))
+    assert isinstance(fitted, list)
+    assert relative(outputs(nn.Sequential(*fitted), x).mean((0, 2, 3)), wanted.mean((0, 2, 3))) < 1e-10
+
+
 def test_what_stands_there_is_the_dense_weight_that_it_was_fitted_as() -> None:
     """Which gives the same on any inputs: rows, columns and orders belong together."""
     layer, x = conv(16, 24, 3, 3, groups=2, seed=5), images(40, 16, 8, 8)
