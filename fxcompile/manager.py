@@ -24,6 +24,7 @@ from fxcompile.progress import Progress, silent
 from fxcompile.report import Report
 from fxcompile.rewriting import Pass
 from fxcompile.running import Run, Verify
+from fxcompile.sparse_layers import put_sparse_layers
 from fxcompile.timing import Stopwatch
 
 BUDGET = 30_000_000_000
@@ -62,12 +63,14 @@ class Result:
     def module(self) -> fx.GraphModule:
         """The rewritten network as a GraphModule with tensors of its own: train and save it as any other.
 
-        Zeros that `sparsify` made have a mask, a parametrization of the weight: they stay zero in training.
+        Zeros that `sparsify` made have a mask, a parametrization of the weight: they stay zero in training. Layers
+        that it marked for sparse products are `SparseLayer`s, which do not train.
         """
         if not self._module:
             copied = self.program.snapshot().module
             shared: dict[int, Tensor] = {}
             module = copy.deepcopy(copied, shared)
+            put_sparse_layers(module)
             put_masks(module)
             self._module.append(module)
         return self._module[0]

@@ -11,6 +11,9 @@ from torch.nn.utils import parametrize
 MARK = "fxcompile_keeps_zeros"
 """Attribute of a layer whose weight's zeros are to stay."""
 
+SPARSE = "fxcompile_sparse"
+"""Attribute of a layer that is to be run by a sparse product in Python."""
+
 
 class Mask(nn.Module):
     """The parametrization of a weight some of which stay zero.

@@ -15,15 +15,19 @@ from fxcompile.contracts import Approximate
 from fxcompile.fitting import solve
 from fxcompile.layer_stats import LayerStats, check_finite, grouped
 from fxcompile.layers import CONVOLUTIONS, TRANSPOSED, with_weights
-from fxcompile.masks import keeping_zeros
+from fxcompile.masks import SPARSE, keeping_zeros
 from fxcompile.planning import Planning
 from fxcompile.program import Program
 from fxcompile.rewriting import Pass, Replacement, Site, Skip
+from fxcompile.sparse_layers import is_product, share_of_time
 
 from ._chain_fitting import fit_statistics
 from ._convolutions import float64, why_tied
 from ._importance import share_of_larger
 from ._sparse import Pattern, channels_last, mask_of, refined, thinned
+
+TOLD = 8
+"""Layers whose times are told."""
 
 SOLVED_STEPS = 30
 """Of conjugate gradients, for the weights that magnitude leaves."""
@@ -60,10 +64,18 @@ class Sparsify(Pass):
     pattern: str | None = Field(
         None, description="N:M, so many of each M channels that follow each other stay, 2:4 say"
     )
+    execution: Literal["dense", "csr"] = Field(
+        "dense",
+        description="csr: in `result.module`, linear layers and 1x1 convolutions run by sparse products where these "
+        "are faster here",
+    )
     block: int = Field(1, ge=1, description="so many channels that follow each other go as one")
 
     _ratios: Mapping[str, float] | None = PrivateAttr(None)
     """By layer, the share of its weights that goes."""
+
+    _sparse: frozenset[str] = PrivateAttr(frozenset())
+    """Layers that sparse products are faster for."""
 
     @field_validator("pattern")
     @classmethod
@@ -105,13 +117,49 @@ class Sparsify(Pass):
                 reason = "all its weights are larger than what goes elsewhere"
             yield Skip.of(node, reason) if reason else Site.of(program, node)
 
+    @property
+    def measures_time(self) -> bool:
+        """Whether it goes by time: then, which layers run by sparse products."""
+        return self.execution == "csr"
+
     def plan(self, planning: Planning) -> Pass:
-        """The same pass with the shares of a network-wide ratio.
+        """The same pass with the shares of a network-wide ratio; and with what sparse products are faster for."""
+        planned = self if self.scope == "layer" or self._ratios is not None else self.shared_out(planning)
+        if self.error is not None:
+            return planned
+        times = {
+            site.name: share_of_time(next(planned.at(site, None, planned.ratio_of(site)))[0], site.input_shape)
+            for site in planning.sites(planned)
+            if is_product(site.layer) and site.input_shape
+        }
+        if times:
+            planning.notes.append(self.times_told(times))
+        if self.execution == "csr":
+            planned = planned.model_copy()
+            planned._sparse = frozenset(name for name, share in times.items() if share < 1)
+        return planned
+
+    def times_told(self, times: Mapping[str, float]) -> str:
+        """In words, what sparse products take."""
+        faster = sum(share < 1 for share in times.values())
+        named = ", ".join(
+            f"{name} {share:.2g}" for name, share in sorted(times.items(), key=lambda item: item[1])[:TOLD]
+        )
+        use = "which they are run by" if self.execution == "csr" else "execution=csr runs them so"
+        return (
+            f"{self.name}: by torch's CSR products, {faster} of {len(times)} linear layers and 1x1 convolutions are "
+            f"faster in Python with these zeros ({use}); time beside the dense product: {named}"
+        )
+
+    def ratio_of(self, site: Site) -> float:
+        """The share of a layer's weights that goes."""
+        return self.ratio if self._ratios is None else self._ratios.get(site.name, 0.0)
+
+    def shared_out(self, planning: Planning) -> Self:
+        """The same pass with each layer's share of a network-wide ratio.
 
         Of all layers, the weights go first that are small beside the larger ones of their layer (Lee et al. 2021).
         """
-        if self.scope == "layer" or self._ratios is not None:
-            return self
         scores: dict[str, Tensor] = {}
         for site in planning.sites(self):
             scores[site.name] = share_of_larger(float64(site.layer)[0].flatten().square())
@@ -135,10 +183,11 @@ class Sparsify(Pass):
         if self.error is not None:
             yield self.as_sparse_as(site, stats)
             return
-        ratio = self.ratio if self._ratios is None else self._ratios.get(site.name, 0.0)
-        yield from self.at(site, stats, ratio)
+        for layers in self.at(site, stats, self.ratio_of(site)):
+            setattr(layers[0], SPARSE, site.name in self._sparse)
+            yield layers
 
-    def at(self, site: Site, stats: LayerStats | None, ratio: float) -> Iterator[Replacement]:
+    def at(self, site: Site, stats: LayerStats | None, ratio: float) -> Iterator[list[nn.Module]]:
         """The layer with this share of zeros: by magnitude, and with data by what is nearest on them."""
         layer, (weight, bias) = site.layer, float64(site.layer)
         order = channels_last(weight) if not isinstance(layer, TRANSPOSED) else None
@@ -177,7 +226,6 @@ class Sparsify(Pass):
         for _ in range(HALVINGS):
             ratio = (low + high) / 2
             found = list(self.at(site, stats, ratio))[-1]
-            assert isinstance(found, list)
             assert self.error is not None
             if error_of(site, stats, found[0]) <= self.error:
                 low, best = ratio, found
