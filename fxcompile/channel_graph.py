@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from fxcompile.channel_functions import FUNCTIONS, unknown
+from fxcompile.channel_calls import unknown
+from fxcompile.channel_functions import FUNCTIONS
 from fxcompile.channel_labels import Labelling, Labels, Role, Slot, Value, rigid
 from fxcompile.channel_layers import LAYERS
 from fxcompile.program import Program, dtype_of, fetch, output_node, shape_of
