@@ -25,6 +25,7 @@ from fxcompile.channel_shapes import (
     permute,
     repeat,
     reshape,
+    roll,
     split,
     squeeze,
     stack,
@@ -49,6 +50,8 @@ def elementwise(labels: Labelling, node: fx.Node) -> Value:
 def reduction(labels: Labelling, node: fx.Node) -> Value:
     """Over given axes, or over all: none of these can go."""
     source, *rest = arguments(node)
+    if rest and isinstance(rest[0], fx.Node):  # the larger of two tensors
+        return elementwise(labels, node)
     x = labels.axes(source)
     if function_name(node) == "vector_norm":
         rest = rest[1:]
@@ -128,7 +131,8 @@ _REDUCTIONS = (
 FUNCTIONS: dict[Any, FunctionRule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(_REDUCTIONS, reduction),
-    **dict.fromkeys((torch.cumsum, torch.cumprod, torch.roll, torch.softmax, torch.log_softmax), along),
+    **dict.fromkeys((torch.cumsum, torch.cumprod, torch.softmax, torch.log_softmax), along),
+    torch.roll: roll,
     torch.flatten: flatten,
     torch.reshape: reshape,
     Tensor.expand: expand,

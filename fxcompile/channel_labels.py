@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from fxcompile.program import Program, fetch
+from fxcompile.program import Program, fetch, shape_of
 
 Labels = NDArray[np.int64]
 """[size of the axis]: a label for each entry."""
@@ -190,9 +190,11 @@ class Labelling:
         return found
 
     def axes(self, node: object) -> Axes:
-        """What is known of a node's tensor; nothing of what is no node."""
+        """What is known of a node's tensor; nothing of what is no node, or no tensor."""
         value = self.values.get(node) if isinstance(node, fx.Node) else ()
-        return value if isinstance(value, tuple) else ()
+        if isinstance(value, tuple):
+            return value
+        return rigid(len(shape_of(node) or ())) if isinstance(node, fx.Node) else ()
 
     def layer(self, node: fx.Node) -> nn.Module | None:
         return self.program.layer(node)

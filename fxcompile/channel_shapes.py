@@ -138,7 +138,8 @@ def getitem(labels: Labelling, node: fx.Node) -> Value:
     source, index = arguments(node)
     known = labels.values.get(source) if isinstance(source, fx.Node) else None
     if isinstance(known, list):
-        return known[index] if isinstance(index, int) and -len(known) <= index < len(known) else None
+        part: Value = known[index] if isinstance(index, (int, slice)) else unknown(labels, node)
+        return part
     x = labels.axes(source)
     items = index if isinstance(index, tuple) else (index,)
     *before, last = items
@@ -216,6 +217,17 @@ def pad(labels: Labelling, node: fx.Node) -> Value:
     if added:
         labels.resized[node] = resize
     return tuple(given)
+
+
+def roll(labels: Labelling, node: fx.Node) -> Value:
+    """Channels stay in their places, or none can go."""
+    x, args = labels.axes(arguments(node)[0]), arguments(node)
+    axes = by_name(node, "dims", args[2] if len(args) > 2 else None)
+    if axes is None or axes == []:
+        return unknown(labels, node)
+    for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
+        labels.fix(x[axis], f"'{node.name}' takes them round")
+    return x
 
 
 def flip(labels: Labelling, node: fx.Node) -> Value:
