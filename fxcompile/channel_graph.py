@@ -76,6 +76,16 @@ class Group:
         """How many channels of the first layer a unit has."""
         return int(self.members[0].places.shape[1])
 
+    @property
+    def holders(self) -> list[tuple[str, Role]]:
+        """The layers that they lie in, with what they are there, in the order of the graph."""
+        return [holder for member in self.members for holder in member.slot.holders]
+
+    @property
+    def taken(self) -> bool:
+        """Whether a layer takes them."""
+        return any(role is Role.INPUT for _, role in self.holders)
+
 
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
@@ -84,13 +94,15 @@ class ChannelGraph:
     Attributes:
         labels: of all axes of values and stored tensors.
         roots: [labels], by label that of its unit.
-        groups: in the order of the layers that make them, those that cannot go with the reason.
+        groups: what layers make and take, in the order of the layers that make it, what cannot go with the reason.
+        untaken: what layers make and none takes, where it can go: it is dropped, or multiplied with what goes with it.
     """
 
     program: Program
     labels: Labelling = field(repr=False)
     roots: Labels = field(repr=False)
     groups: tuple[Group, ...]
+    untaken: tuple[Group, ...] = ()
 
     @classmethod
     def of(cls, program: Program) -> ChannelGraph:
@@ -101,15 +113,22 @@ class ChannelGraph:
         for node in output_node(program.graph).all_input_nodes:
             labels.fix_all(labels.values[node], "they are an output of the model")
         roots = labels.roots()
-        return cls(program, labels, roots, tuple(groups_of(labels, roots)))
+        found = groups_of(labels, roots)
+        taken, untaken = (tuple(group for group in found if group.taken is wanted) for wanted in (True, False))
+        return cls(program, labels, roots, taken, untaken)
+
+    @property
+    def all(self) -> tuple[Group, ...]:
+        """All groups, those first that layers take."""
+        return self.groups + self.untaken
 
     @cached_property
     def _group_of(self) -> dict[int, tuple[Group, int]]:
-        return {int(root): (group, index) for group in self.groups for index, root in enumerate(group.roots)}
+        return {int(root): (group, index) for group in self.all for index, root in enumerate(group.roots)}
 
     def unit(self, node: fx.Node, channel: int, axis: int = 1) -> tuple[Group, int] | None:
         """The group of what goes with a channel of a node's value, and its number there; None where no layer makes it,
-        or none takes it.
+        or none takes it and it cannot go.
 
         Args:
             axis: of the channels.
@@ -123,7 +142,7 @@ class ChannelGraph:
         Raises:
             KeyError: there is none.
         """
-        found = [group for group in self.groups if group.name == name]
+        found = [group for group in self.all if group.name == name]
         if not found:
             raise KeyError(name)
         return found[0]
@@ -161,7 +180,7 @@ def constant(labels: Labelling, node: fx.Node) -> Value:
 
 
 def groups_of(labels: Labelling, roots: Labels) -> list[Group]:
-    """The units that some layer makes and some layer takes, by what they have in common."""
+    """The units that some layer makes, and some layer takes or none needs, by what they have in common."""
     slots = list(labels.slots.values())
     print_of, made, taken = (np.zeros(len(roots), dtype=np.uint64) for _ in range(3))
     generator = np.random.default_rng(0)
@@ -172,11 +191,13 @@ def groups_of(labels: Labelling, roots: Labels) -> list[Group]:
         for role, marks in ((Role.OUTPUT, made), (Role.INPUT, taken)):
             if role in roles:
                 marks[own] = 1
-    both = np.flatnonzero((made > 0) & (taken > 0))
     reasons = labels.reasons(roots)
+    needed = np.zeros(len(roots), dtype=bool)
+    needed[list(reasons)] = True
+    chosen = np.flatnonzero((made > 0) & ((taken > 0) | ~needed))
     fixed = {root: number for number, root in enumerate(sorted(reasons))}
     alike: dict[tuple[int, bool], list[int]] = {}
-    for root in both.tolist():
+    for root in chosen.tolist():
         alike.setdefault((int(print_of[root]), root in fixed), []).append(root)
     lying: list[dict[tuple[int, bool], NDArray[np.int64]]] = []
     sets = {key: np.array(members, dtype=np.int64) for key, members in alike.items()}

@@ -63,6 +63,11 @@ class Slot:
     role: Role
     also: list[tuple[str, Role]] = field(default_factory=list)
 
+    @property
+    def holders(self) -> list[tuple[str, Role]]:
+        """All layers that hold the tensor, with what its entries are to the channels there."""
+        return [(self.owner, self.role), *self.also]
+
 
 class Labelling:
     """Labels of one program, as they are found in one walk over its graph.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxcompile.channel_graph import ChannelGraph
 from fxcompile.channel_labels import Role
@@ -16,9 +16,9 @@ from fxcompile.contracts import Exact
 from fxcompile.cost import Cost, nodes_cost, samples
 from fxcompile.errors import FitError
 from fxcompile.labels import describe_layer
-from fxcompile.layers import CONVOLUTIONS, TRANSPOSED
+from fxcompile.layers import CONVOLUTIONS, TRANSPOSED, shallow_copy
 from fxcompile.planning import Planning
-from fxcompile.program import Program
+from fxcompile.program import Program, fetch
 from fxcompile.report import SiteReport
 from fxcompile.rewriting import ChannelPass, GroupSite, Removal, Site, Skip
 from fxcompile.sitedata import SiteData
@@ -39,8 +39,12 @@ def take_out(run: Run, pass_: ChannelPass, limit: int | None = None) -> list[Sit
         planning = Planning(run.program, run.data, run.seed, run.progress, run.record.notes)
         planned = step.plan(planning)
         assert isinstance(planned, ChannelPass)
-        for report in one_round(run, planned, limit):
-            merged[report.name] = followed(merged.get(report.name), report)
+        more = True
+        while more:
+            reports = one_round(run, planned, limit)
+            for report in reports:
+                merged[report.name] = followed(merged.get(report.name), report)
+            more = planned.until_done and limit is None and any(report.outcome == "kept" for report in reports)
     return list(merged.values())
 
 
@@ -84,7 +88,7 @@ def one_round(run: Run, pass_: ChannelPass, limit: int | None = None) -> list[Si
                 report.outcome, report.error = "kept", attempt.errors.get(name)
                 report.before, report.after = before, after
                 report.change = attempt.changes[name]
-                report.layers = tuple(sorted({member.owner for member in sites[name].group.members}))
+                report.layers = tuple(sorted({owner for owner, _ in sites[name].group.holders}))
             run.program = attempt.program
             break
     kept = [report for report in reports.values() if report.outcome == "kept"]
@@ -115,8 +119,8 @@ class Attempt:
     ) -> Attempt:
         """Take them out of a copy of the program as it stands."""
         program = run.program.snapshot()
+        values = changed(program, removals.values())
         graph = ChannelGraph.of(program)
-        values = {path: value for removal in removals.values() for path, value in removal.values.items()}
         remove_channels(graph, {name: removal.units for name, removal in removals.items()}, values)
         errors: dict[str, float] = {}
         if not isinstance(pass_.promise, Exact):
@@ -151,14 +155,29 @@ class Attempt:
         return reasons
 
 
+def changed(program: Program, removals: Iterable[Removal]) -> dict[str, Tensor]:
+    """By path what stored tensors are to hold, in float64; layers get the biases that they do not have, of zeros."""
+    values: dict[str, Tensor] = {}
+    for path, change in ((path, change) for removal in removals for path, change in removal.changes.items()):
+        held = fetch(program.module, path)
+        if held is None:
+            owner, _, name = path.rpartition(".")
+            layer: Any = shallow_copy(program.module.get_submodule(owner))
+            held = nn.Parameter(layer.weight.new_zeros(change.shape), layer.weight.requires_grad)
+            layer.register_parameter(name, held)
+            place(program.module, owner, layer)
+        values[path] = values.get(path, held.detach().double()) + change
+    return values
+
+
 def shared_out(sites: Sequence[GroupSite]) -> dict[str, set[str]]:
     """For each site its layers, each layer at one site: the first that makes its outputs, else the first there is."""
     found: dict[str, str] = {}
     for roles in ((Role.OUTPUT,), (Role.OUTPUT, Role.OWN, Role.INPUT)):
         for site in sites:
-            for role in roles:
-                for member in site.group.of(role):
-                    found.setdefault(member.owner, site.name)
+            for owner, role in site.group.holders:
+                if role in roles:
+                    found.setdefault(owner, site.name)
     owned: dict[str, set[str]] = {site.name: set() for site in sites}
     for owner, name in found.items():
         owned[name].add(owner)

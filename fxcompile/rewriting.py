@@ -123,7 +123,7 @@ class GroupSite(Site):
     @classmethod
     def of_group(cls, program: Program, group: Group) -> GroupSite:
         """The site of a group: the nodes that call what makes and takes its channels, in the order of the graph."""
-        owners = {member.owner for member in group.members}
+        owners = {owner for owner, _ in group.holders}
         nodes = tuple(node for node in program.graph.nodes if str(node.target) in owners and node.op == "call_module")
         layers = tuple(layer for layer in map(program.layer, nodes) if layer is not None)
         return cls(nodes, layers, group.name, group=group)
@@ -135,11 +135,12 @@ class Removal:
 
     Attributes:
         units: the numbers of the units of its group that go.
-        values: by the path of a stored tensor what it is to hold, in the size that it had.
+        changes: by the path of a stored tensor what is added to it, in the size that it has before; also to a bias that
+            a layer does not have. What several sites change in one tensor adds up.
     """
 
     units: tuple[int, ...]
-    values: Mapping[str, Tensor] = field(default_factory=dict)
+    changes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Replacement = nn.Module | Sequence[nn.Module]
@@ -252,6 +253,9 @@ class ChannelPass(Pass):
     The pass manager takes them out of all layers at once, and then, unless the pass is exact or its `refit` is off,
     solves for the weights of the layers that took them, in the order of the data, towards the original's features.
     """
+
+    until_done: ClassVar[bool] = False
+    """Whether it is run again as long as it finds anything: what goes may leave more that can."""
 
     def sites(self, program: Program) -> Iterator[Site | Skip]:
         """Each group of channels; with reasons, those that cannot go."""

@@ -9,6 +9,7 @@ from .group_shuffle import GroupShuffle
 from .head_to_conv import HeadToConv
 from .prune_filters import PruneFilters
 from .reduce_grid import ReduceGrid
+from .remove_dead_channels import RemoveDeadChannels
 from .sparsify import Sparsify
 from .split_kernels import SplitKernels
 from .stack_kernels import StackKernels
@@ -23,6 +24,7 @@ __all__ = [
     "HeadToConv",
     "PruneFilters",
     "ReduceGrid",
+    "RemoveDeadChannels",
     "Sparsify",
     "SplitKernels",
     "StackKernels",

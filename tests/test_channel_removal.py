@@ -31,7 +31,7 @@ def double(program: Program) -> Program:
 def drawn(graph: ChannelGraph, seed: int) -> dict[str, list[int]]:
     """Some units of each group that can lose any, not all of them."""
     choice = random.Random(seed)
-    groups = [group for group in graph.groups if not group.reason and len(group) > 1]
+    groups = [group for group in graph.all if not group.reason and len(group) > 1]
     return {group.name: choice.sample(range(len(group)), choice.randint(1, len(group) - 1)) for group in groups}
 
 
