@@ -199,25 +199,21 @@ def groups_of(labels: Labelling, roots: Labels) -> list[Group]:
     alike: dict[tuple[int, bool], list[int]] = {}
     for root in chosen.tolist():
         alike.setdefault((int(print_of[root]), root in fixed), []).append(root)
-    lying: list[dict[tuple[int, bool], NDArray[np.int64]]] = []
-    sets = {key: np.array(members, dtype=np.int64) for key, members in alike.items()}
-    number = np.full(len(roots), -1, dtype=np.int64)
-    for index, members in enumerate(sets.values()):
-        number[members] = index
-    keys = list(sets)
+    units_of = [np.array(members, dtype=np.int64) for members in alike.values()]
+    number, rank = (np.full(len(roots), -1, dtype=np.int64) for _ in range(2))
+    for index, members in enumerate(units_of):
+        number[members], rank[members] = index, np.arange(len(members))
+    lying: list[list[Member]] = [[] for _ in units_of]
     for slot in slots:
         own = roots[slot.labels]
-        found: dict[tuple[int, bool], NDArray[np.int64]] = {}
-        for index in np.unique(number[own]).tolist():
-            if index >= 0:
-                units = sets[keys[index]]
-                places = np.flatnonzero(number[own] == index)
-                order = np.argsort(np.searchsorted(units, own[places]), kind="stable")
-                found[keys[index]] = places[order].reshape(len(units), -1)
-        lying.append(found)
+        places = np.flatnonzero(number[own] >= 0)
+        order = places[np.lexsort((rank[own[places]], number[own[places]]))]  # by group, then by unit
+        for part in np.split(order, np.flatnonzero(np.diff(number[own[order]])) + 1):
+            if len(part):
+                index = number[own[part[0]]]
+                lying[index].append(Member(slot, part.reshape(len(units_of[index]), -1)))
     groups = []
-    for key, units in sets.items():
-        axes = tuple(Member(slot, found[key]) for slot, found in zip(slots, lying, strict=True) if key in found)
+    for units, axes in zip(units_of, lying, strict=True):
         first = next(member for member in axes if member.role is Role.OUTPUT)
         ordered = (first, *(member for member in axes if member is not first))
         groups.append(Group(first.owner, units, ordered, reasons.get(int(units[0]), "")))

@@ -105,6 +105,11 @@ class PruneFilters(ChannelPass):
         return self.ratio if self.saving is None else self.saving
 
     @property
+    def by_layer(self) -> bool:
+        """Whether it is settled how many filters each layer loses."""
+        return self.saving is None and self.scope == "layer"
+
+    @property
     def repairs(self) -> bool:
         """Whether the layers behind are fitted."""
         return self.repair
@@ -145,16 +150,15 @@ class PruneFilters(ChannelPass):
 
     def chosen(self, planning: Planning, groups: Sequence[Group]) -> dict[str, tuple[int, ...]]:
         """By group, the units that go."""
-        by_layer = self.saving is None and self.scope == "layer"
         budget = Budget.of(planning.program, groups, self.objective) if self.saving is not None else None
         prices = dict.fromkeys((group.name for group in groups), 1.0) if budget is None else budget.prices(groups)
         fixed = {group.name: self.rounded(group, self.ratio * len(group)) for group in groups}
-        most = {group.name: fixed[group.name] if by_layer else self.most(group) for group in groups}
+        most = {group.name: fixed[group.name] if self.by_layer else self.most(group) for group in groups}
         curves = self.curves(planning, groups, most, prices)
         counts = fixed
         if budget is not None:
             counts = self.within(budget, groups, curves)
-        elif not by_layer:
+        elif not self.by_layer:
             wanted = self.ratio * sum(map(len, groups)) - 0.5
             counts = self.cheapest(groups, curves, lambda gone: sum(gone.values()) >= wanted)
         return {name: tuple(sorted(curves[name].order[:count].tolist())) for name, count in counts.items() if count}
@@ -211,7 +215,8 @@ class PruneFilters(ChannelPass):
     ) -> dict[str, Curve]:
         """By backward elimination in the layers that take a group's channels; by their l2 norm where there is none.
 
-        Groups that a layer takes side by side are looked at together: one may stand in for the other.
+        Groups that a layer takes side by side are looked at together: one may stand in for the other. Where several
+        layers take the same channels, an error of each counts as much as it does to the outputs of the network.
         """
         program, walk = planning.program, planning.walk()
         order = importance.position(program)
@@ -224,9 +229,11 @@ class PruneFilters(ChannelPass):
         for numbers in takes.values():
             together.add_edges_from((numbers[0], other) for other in numbers)
         pool_of = {number: index for index, pool in enumerate(nx.connected_components(together)) for number in pool}
-        effect = None if self.saving is None and self.scope == "layer" else Effect.of(planning)
+        effect = Effect.of(planning)
         nodes = sorted(takes, key=order.__getitem__)
-        last = {pool_of[takes[node][0]]: node for node in nodes}
+        takers_of: dict[int, list[fx.Node]] = {}
+        for node in nodes:
+            takers_of.setdefault(pool_of[takes[node][0]], []).append(node)
         waiting: dict[int, list[Taker]] = {}
         curves: dict[str, Curve] = {}
         for index, node in enumerate(nodes):
@@ -237,9 +244,9 @@ class PruneFilters(ChannelPass):
             if gram is not None:
                 weight = grouped(layer.weight.detach().double(), LayerStats.of(layer))
                 places = {number: features_of(groups[number], node, layer) for number in takes[node]}
-                matters = 1.0 if effect is None else effect.matters(node)
+                matters = effect.matters(node) if len(takers_of[pool]) > 1 or not self.by_layer else 1.0
                 waiting.setdefault(pool, []).append(Taker.of(weight, gram, places, matters))
-            if node is last[pool] and pool in waiting:
+            if node is takers_of[pool][-1] and pool in waiting:
                 numbers = sorted(number for number, own in pool_of.items() if own == pool)
                 curves |= eliminated(waiting.pop(pool), {number: groups[number] for number in numbers}, most, prices)
         rest = [group for group in groups if group.name not in curves]

@@ -29,7 +29,9 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +46,8 @@ LEARNING_RATE = 0.002
 CALIBRATION_IMAGES = 512
 LOWEST_ACCURACY = 0.97
 FILES = ("digits.pt2", "digits_state.pt", "calibration.npz", "evaluation.npz")
+
+Net = TypeVar("Net", bound=nn.Module)
 
 
 class ConvNorm(nn.Sequential):
@@ -130,15 +134,15 @@ def distorted(images: Tensor) -> Tensor:
     return functional.grid_sample(images, grid, align_corners=False)
 
 
-def train(images: Tensor, labels: Tensor) -> DigitsNet:
+def train(make_net: Callable[[], Net], images: Tensor, labels: Tensor, epochs: int = EPOCHS) -> Net:
     """A trained network in eval mode; progress on stderr."""
     torch.manual_seed(SEED)
-    net = DigitsNet()
+    net = make_net()
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     batches = len(images) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=EPOCHS * batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=epochs * batches)
     started = time.monotonic()
-    for epoch in range(1, EPOCHS + 1):
+    for epoch in range(1, epochs + 1):
         total = 0.0
         for chosen in torch.randperm(len(images))[: batches * BATCH].reshape(batches, BATCH):
             logits = net(distorted(images[chosen]))
@@ -149,7 +153,7 @@ def train(images: Tensor, labels: Tensor) -> DigitsNet:
             schedule.step()
             total += loss.item()
         seconds = time.monotonic() - started
-        print(f"  epoch {epoch:2}/{EPOCHS}  loss {total / batches:.3f}  {seconds:3.0f} s", file=sys.stderr, flush=True)
+        print(f"  epoch {epoch:2}/{epochs}  loss {total / batches:.3f}  {seconds:3.0f} s", file=sys.stderr, flush=True)
     return net.eval()
 
 
@@ -159,7 +163,7 @@ def validate() -> float:
     held_out = held_out_fifth(labels)
     images, labels = images[~held_out], labels[~held_out]
     chosen = held_out_fifth(labels)
-    net = train(torch.from_numpy(images[~chosen]), torch.from_numpy(labels[~chosen]))
+    net = train(DigitsNet, torch.from_numpy(images[~chosen]), torch.from_numpy(labels[~chosen]))
     return accuracy(net, torch.from_numpy(images[chosen]), torch.from_numpy(labels[chosen]))
 
 
@@ -182,7 +186,7 @@ def make(folder: Path) -> None:
     images, labels = read_digits()
     held_out = held_out_fifth(labels)
     seen, unseen = torch.from_numpy(images[~held_out]), torch.from_numpy(images[held_out])
-    net = train(seen, torch.from_numpy(labels[~held_out]))
+    net = train(DigitsNet, seen, torch.from_numpy(labels[~held_out]))
     right = accuracy(net, unseen, torch.from_numpy(labels[held_out]))
     print(f"  {right:.1%} right on the {len(unseen)} held-out images", file=sys.stderr)
     if right < LOWEST_ACCURACY:

@@ -262,3 +262,39 @@ def features(count: int, channels: int, size: int, seed: int = 0) -> Tensor:
     mixed = torch.einsum("oc,nchw->nohw", torch.randn(channels, 64, generator=generator), plain)
     noise = 3 * torch.randn(count, channels, size, size, generator=generator)
     return nn.functional.avg_pool2d(mixed + noise, 3, 1, 1).relu()
+
+
+class DenseLayer(nn.Module):
+    """[N, C, H, W] -> [N, C + growth, H, W]: what it makes beside what it takes (Huang et al. 2017)."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, 4 * growth, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C + growth, H, W]"""
+        made = self.conv1(torch.relu(self.norm1(x)))
+        return torch.cat([x, self.conv2(torch.relu(self.norm2(made)))], 1)
+
+
+def densenet201(growth: int = 32, blocks: tuple[int, ...] = (6, 12, 48, 32)) -> nn.Module:
+    """DenseNet-201, [N, 3, H, W] -> [N, 1000], 20.0 million parameters, with random weights."""
+    channels = 2 * growth
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, channels, 7, 2, padding=3, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, padding=1),
+    ]
+    for index, count in enumerate(blocks):
+        for _ in range(count):
+            layers.append(DenseLayer(channels, growth))
+            channels += growth
+        layers += [nn.BatchNorm2d(channels), nn.ReLU()]
+        if index < len(blocks) - 1:
+            layers += [nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)]
+            channels //= 2
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000)).eval()
