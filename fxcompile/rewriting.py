@@ -35,12 +35,15 @@ class Site:
         layers: the layers that those nodes call, in order; functions have none.
         name: the layer's name under which the site is reported and the replacement is stored.
         pairs: calibration batches for fitting, where there are any.
+        memo: what one draft computed that the next can use, by what tells them apart; whoever asks for drafts empties
+            it after the last.
     """
 
     nodes: tuple[fx.Node, ...]
     layers: tuple[nn.Module, ...]
     name: str
     pairs: Pairs = field(default=(), repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     _collected: list[LayerStats] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod

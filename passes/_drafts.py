@@ -103,6 +103,8 @@ def prospects(planning: Planning, name: str, sites: Sequence[tuple[Site, Sequenc
     wanted, calls = planning.outputs(probes), planning.program.calls()
     for index, (site, styles) in enumerate(sites):
         planning.progress(name, index, len(sites))
+        for earlier, _ in sites[max(index - 1, 0) : index]:
+            earlier.memo.clear()
         xs = list(walk.values_of(site.node.all_input_nodes[0]))
         ys = list(walk.values_of(site.node))
         prospect = Prospect(site)
@@ -132,6 +134,8 @@ def prospects(planning: Planning, name: str, sites: Sequence[tuple[Site, Sequenc
                 change = distance_between(walk.fork(site.node, changed).outputs(), wanted)
                 felt.append(importance(change, error, prospect.size))
         prospect.weight = len(calls[id(site.layer)]) * max(felt)
+    for site, _ in sites[-1:]:
+        site.memo.clear()
     return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, linalg
@@ -60,30 +61,69 @@ def nearest_pair(weight: Tensor, axes: Sequence[int], rank: int, metric: Tensor 
     In the Frobenius norm (Eckart and Young 1936; Tai et al. 2016), or, with a metric M [g, C * taps, C * taps] of the
     inputs, in that of M^{1/2} X.
     """
-    matrix = as_matrix(weight, axes)
-    if metric is None:
-        left, right = low_rank(matrix, rank)
-    else:
-        root = cholesky_factor(metric, 1e-10)
-        left, right = low_rank(root.mT @ matrix, rank)
-        left = linalg.solve_triangular(root.mT, left, upper=True)
-    return as_pair(left, right, weight.shape, axes)
+    return Spectrum.of(weight, axes, metric).pair(rank)
 
 
-def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of the smaller Gram matrix of [g, n, m], the largest last."""
+    wide = matrix if matrix.shape[1] <= matrix.shape[2] else matrix.mT
+    values: Tensor
+    vectors: Tensor
+    values, vectors = linalg.eigh(wide @ wide.mT)
+    return values, vectors
+
+
+def low_rank(matrix: Tensor, rank: int, known: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """[g, n, m] -> [g, n, r], [g, r, m]: the nearest product, its factors of one size.
 
     A projection on the leading eigenvectors of the smaller Gram matrix, in a quarter of the time of a singular value
     decomposition; where r is all, their span is, whatever rounding does to each.
+
+    Args:
+        known: its spectrum.
     """
-    if matrix.shape[1] > matrix.shape[2]:
-        left, right = low_rank(matrix.mT, rank)
-        return right.mT, left.mT
-    values, vectors = linalg.eigh(matrix @ matrix.mT)
+    tall = matrix.shape[1] > matrix.shape[2]
+    wide = matrix.mT if tall else matrix
+    values, vectors = spectrum(matrix) if known is None else known
     left = vectors[:, :, -rank:].flip(2)
     scale = values[:, -rank:].flip(1).clamp_min(0).pow(0.25)
     scale = torch.where(scale > 1e-3 * scale[:, :1], scale, 1.0)
-    return left * scale.unsqueeze(1), (left.mT @ matrix) / scale.unsqueeze(2)
+    left, right = left * scale.unsqueeze(1), (left.mT @ wide) / scale.unsqueeze(2)
+    return (right.mT, left.mT) if tall else (left, right)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A weight as one matrix, taken apart: pairs with any number of channels between come from it at once.
+
+    Attributes:
+        matrix: M^{T/2} X, or X.
+        root: M^{1/2}, if there is one.
+        values, vectors: of the smaller Gram matrix of `matrix`, the largest last.
+    """
+
+    matrix: Tensor
+    root: Tensor | None
+    values: Tensor
+    vectors: Tensor
+    shape: torch.Size
+    axes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weight: Tensor, axes: Sequence[int], metric: Tensor | None = None) -> Spectrum:
+        """Of W [g, O, C, *k], in the norm of a metric M of the inputs if one is given."""
+        matrix = as_matrix(weight, axes)
+        root = None if metric is None else cholesky_factor(metric, 1e-10)
+        if root is not None:
+            matrix = root.mT @ matrix
+        return cls(matrix, root, *spectrum(matrix), weight.shape, tuple(axes))
+
+    def pair(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The nearest pair with so many channels between, for each group."""
+        left, right = low_rank(self.matrix, rank, (self.values, self.vectors))
+        if self.root is not None:
+            left = linalg.solve_triangular(self.root.mT, left, upper=True)
+        return as_pair(left, right, self.shape, self.axes)
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:

@@ -130,20 +130,30 @@ class SplitKernels(WithRelus, RankedPass):
         if self.arrangement == "parallel":
             made, dense = cross.draft(site.layer, self.merge, weight, gram, channel_axis(site))
             return Draft([made], dense)
-        pair = drafted(self.nearest_pair(site, weight, gram), weight, gram, groups, steps)
+        pair = drafted(self.nearest_pair(site, weight, gram, site.memo), weight, gram, groups, steps)
         return Draft(self.layers(site.layer, pair, float64(site.layer)[1]), compose(pair, groups))
 
-    def nearest_pair(self, site: Site, weight: Tensor, gram: Tensor | None = None) -> list[Tensor]:
+    def nearest_pair(
+        self, site: Site, weight: Tensor, gram: Tensor | None = None, memo: dict[Any, Any] | None = None
+    ) -> list[Tensor]:
         """The nearest two kernels to a weight, of all ways, [M, C/g, ...] and [O, M/g, ...].
 
         Args:
             gram: S [g, F, F] of the layer's inputs, in whose norm it is nearest, or nearly; by default all count alike.
+            memo: what is kept of the same weight in the same norm for other numbers of channels.
         """
         target = weight.unflatten(0, (site.layer.groups, -1))
         tried: list[tuple[float, int, tuple[Tensor, Tensor]]] = []
         for axes, width in self.ways(site):
-            metric = None if gram is None else separable.input_metric(gram, target.shape[2], target.shape[3:], axes)
-            pair = separable.nearest_pair(target, axes, width, metric)
+            key = SplitKernels, axes, id(weight), id(gram)
+            if memo is None or key not in memo:
+                metric = None if gram is None else separable.input_metric(gram, target.shape[2], target.shape[3:], axes)
+                spectrum = separable.Spectrum.of(target, axes, metric)
+                if memo is not None:
+                    memo[key] = spectrum, weight, gram  # held, so that no other tensors get their numbers
+            else:
+                spectrum = memo[key][0]
+            pair = spectrum.pair(width)
             if gram is not None:
                 pair = pair[0], best_last([*pair], target, gram)
             error = squared_norm((separable.compose(*pair) - target).flatten(2), gram)

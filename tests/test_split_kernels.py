@@ -531,3 +531,22 @@ def test_a_transposed_convolution_is_named_as_one_where_its_kernel_would_be_repl
     reason = "it is a transposed convolution, and only plain ones have such a form"
     over_one_pixel = [("2", reason)] if pass_.name == "bottleneck" else []
     assert [(item.name, item.reason) for item in found if isinstance(item, Skip)] == [("0", reason), *over_one_pixel]
+
+
+def test_drafts_of_other_widths_take_the_weight_apart_once() -> None:
+    layer, x = conv(6, 8, 3, 3, padding=1), images(16, 6, 9, 9)
+    program = trace(layer, x[:2])
+    rows = patches(layer, x).double()[:, 0]
+    gram, weight = (rows.mT @ rows / len(rows))[None], layer.weight.detach().double()
+
+    def site() -> Site:
+        return next(item for item in SplitKernels(min_saving=None).sites(program) if isinstance(item, Site))
+
+    shared = site()
+    for rank in (2, 5, 8):
+        pass_ = SplitKernels(rank=rank, min_saving=None)
+        drafts = [pass_.draft(item, weight, gram) for item in (shared, site())]
+        assert torch.equal(drafts[0].weight, drafts[1].weight)
+        assert len(shared.memo) == 2
+    pass_.draft(shared, 2 * weight, gram)
+    assert len(shared.memo) == 4
