@@ -71,6 +71,19 @@ class Group:
         """The members of a role."""
         return [member for member in self.members if member.role is role]
 
+    def __str__(self) -> str:
+        """`conv1: 64 channels of conv1, layer1.0.conv2; taken by layer1.0.conv1`; and why none can go."""
+
+        def owners(role: Role) -> str:
+            return ", ".join(dict.fromkeys(member.owner for member in self.of(role)))
+
+        each = f" in units of {self.channels}" if self.channels > 1 else ""
+        text = f"{self.name}: {len(self) * self.channels} channels{each} of {owners(Role.OUTPUT)}"
+        if owners(Role.OWN):
+            text += f"; with {owners(Role.OWN)}"
+        text += f"; taken by {owners(Role.INPUT)}"
+        return f"{text}; none can go: {self.reason}" if self.reason else text
+
     @property
     def channels(self) -> int:
         """How many channels of the first layer a unit has."""
@@ -135,6 +148,10 @@ class ChannelGraph:
         """
         labels = self.labels.axes(node)[axis]
         return None if labels is None else self._group_of.get(int(self.roots[labels[channel]]))
+
+    def __str__(self) -> str:
+        """Each group on a line."""
+        return "\n".join(map(str, self.groups))
 
     def group(self, name: str) -> Group:
         """The group of a name.

@@ -118,3 +118,12 @@ def test_no_channel_can_go_and_the_reason_is_said(name: str) -> None:
     found = [group for group in graph_of(function).groups if group.name.startswith("first")]
     assert found
     assert all(reason in group.reason for group in found), [group.reason for group in found]
+
+
+def test_what_goes_together_can_be_read() -> None:
+    text = str(graph_of(lambda a, b: torch.channel_shuffle(a.relu(), 2) + b))
+    assert text == "first: 6 channels in units of 2 of first, second; taken by third"
+    text = str(graph_of(lambda a, b: a.softmax(1) * b))
+    assert (
+        text == "first: 6 channels of first, second; taken by third; none can go: 'softmax' takes the softmax over them"
+    )
