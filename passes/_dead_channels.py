@@ -14,10 +14,12 @@ from torch import Tensor, fx, nn
 
 from fxcompile.channel_graph import ChannelGraph, Group
 from fxcompile.channel_labels import Labels
-from fxcompile.layers import TRANSPOSED
+from fxcompile.labels import dtype_name
+from fxcompile.layers import TRANSPOSED, is_finite
 from fxcompile.rewriting import Removal
 
-from ._constants import columns, constants, has_border, per_channel
+from ._constants import constants
+from ._known import columns, has_border, per_channel
 from .fold_batchnorm import LINEAR, channel_axis, in_channels
 
 LEAST = 1e-3
@@ -53,6 +55,12 @@ class Taker:
     def at(self, number: NDArray[np.int64]) -> NDArray[np.int64]:
         """[C], by channel the number of its unit in a group, or -1, from what that is for each label."""
         return np.where(self.units >= 0, number[self.units], -1)
+
+    def holds(self, path: str, change: Tensor) -> bool:
+        """Whether a tensor of the layer can take a change in its dtype."""
+        held = getattr(self.layer, path.rpartition(".")[2])
+        whole = change if held is None else held.detach().double() + change
+        return is_finite(whole.to(self.layer.weight.dtype))
 
     def sizes(self, values: NDArray[np.float64], own: NDArray[np.int64], count: int) -> NDArray[np.float64]:
         """[units, g]: the largest of the values of each unit's channels in each group of the convolution."""
@@ -164,7 +172,10 @@ def removal(graph: ChannelGraph, group: Group, units: NDArray[np.int64], taking:
     gone = sorted([*free, *heirs])
     changes: dict[str, Tensor] = {}
     for taker in taking:
-        changes |= changed(taker, taker.at(number), set(gone), heirs)
+        own = changed(taker, taker.at(number), set(gone), heirs)
+        if not all(taker.holds(path, change) for path, change in own.items()):
+            return f"'{taker.target}' would have a number that {dtype_name(taker.layer.weight.dtype)} cannot hold"
+        changes |= own
     return Removal(tuple(gone), changes)
 
 

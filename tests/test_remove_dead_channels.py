@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from fxcompile.passes import RemoveDeadChannels, _constants, _dead_channels
 from helpers import MODES, Net, conv, geometry, outputs, randn
 from hypothesis import HealthCheck, given, settings
@@ -17,8 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxcompile.errors import ContractError
-from fxcompile.layers import TRANSPOSED
+from fxcompile.layers import TRANSPOSED, as_double
 from fxcompile.manager import PassManager, Result
+from fxcompile.program import Program
+from fxcompile.rewriting import Skip
 from fxcompile.testing import Network, PassFailure, Recipe, Step, check_pass
 from fxcompile.testing.growing import RandomPicker, grow
 from fxcompile.tracing import trace
@@ -58,12 +61,12 @@ DRAWN = st.integers(0, 10**6).map(lambda seed: deadened(grow(RandomPicker(seed),
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_it_holds_on_drawn_networks(seed: int) -> None:
-    summary = check_pass(RemoveDeadChannels(), examples=100, seed=seed, onnx_examples=2, networks=DRAWN)
-    assert summary.with_sites >= 15
+    summary = check_pass(RemoveDeadChannels(), examples=80, seed=seed, onnx_examples=1, networks=DRAWN)
+    assert summary.with_sites >= 12
 
 
 def test_it_holds_on_what_it_learns() -> None:
-    check_pass(RemoveDeadChannels(), examples=90, seed=0, onnx_examples=1)
+    check_pass(RemoveDeadChannels(), examples=60, seed=0, onnx_examples=1)
 
 
 def test_a_fold_that_forgets_the_border_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +266,9 @@ def test_flattened_maps_give_to_the_bias_of_a_linear_layer() -> None:
         (nn.Dropout(), 4),
         (nn.ChannelShuffle(2), 4),
         (nn.InstanceNorm2d(6, affine=True, track_running_stats=True), 4),
-        (nn.InstanceNorm2d(6), 6),
+        (nn.InstanceNorm2d(6), 4),
+        (nn.InstanceNorm2d(6, eps=1e-9), 6),
+        (nn.BatchNorm2d(6, track_running_stats=False), 4),
         (nn.GroupNorm(6, 6), 6),
         (nn.Softmax(2), 6),
         (nn.Identity(), 4),
@@ -471,35 +476,65 @@ def test_a_norm_without_a_scale_gives_its_shift(kind: str) -> None:
     )
 
 
-def test_constants_are_those_that_the_network_has() -> None:
-    """Held against a run: whatever is said to be constant is so, at every pixel of two inputs."""
-    net = Net(
-        lambda self, x: self.last(self.pool(self.body(x)).flatten(1)),
-        body=nn.Sequential(*block([1, 4])),
-        pool=nn.MaxPool2d(2),
-        last=nn.Linear(54, 3, dtype=torch.float64),
-    )
-    program = trace(net.eval(), (randn(2, 3, 8, 8),))
-    known = _constants.constants(program)
-    values = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        found: dict[str, Tensor] = {}
+def test_a_weight_that_its_dtype_cannot_hold_is_not_made() -> None:
+    first = silent(conv(3, 6, 3, 3), [0, 2])
+    first.bias.data[[0, 2]] = 6e4
+    model = nn.Sequential(first, conv(6, 2, 3, 3)).half()
+    model[1].weight.data[:, [0, 2]] = 1.0
+    sites = list(RemoveDeadChannels().sites(trace(model.eval(), (randn(1, 3, 7, 7, dtype=torch.float16),))))
+    assert sites == [Skip("0", "'1' would have a number that float16 cannot hold")]
 
-        class Recorder(torch.fx.Interpreter):
-            def run_node(self, n: Any) -> Any:
-                found[n.name] = super().run_node(n)  # noqa: B023
-                return found[n.name]  # noqa: B023
 
-        with torch.no_grad():
-            Recorder(program.module).run(randn(2, 3, 8, 8, seed=seed))
-        values.append(found)
-    counts = {}
-    for node, constant in known.items():
-        if isinstance(constant, Tensor):
-            whole = constant.expand(values[0][node.name].shape)
-            sure = ~whole.isnan()
-            counts[node.name] = int(sure[0].sum())
-            for found in values:
-                assert torch.allclose(found[node.name][sure], whole[sure], rtol=0, atol=1e-14)
-    assert list(counts.values()) == [2 * 36, 2 * 36, 2 * 36, 2 * 9, 2 * 9]
+def run(program: Program, seed: int) -> dict[str, Any]:
+    """The values of all nodes for a random input."""
+    found: dict[str, Any] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            found[n.name] = super().run_node(n)
+            return found[n.name]
+
+    inputs = [3 * randn(*item.shape, seed=seed) if item.is_floating_point() else item for item in program.examples]
+    with torch.no_grad():
+        Recorder(program.module).run(*inputs, enable_io_processing=False)
+    return found
+
+
+def test_constants_are_those_that_networks_have() -> None:
+    """Held against runs: whatever is said to be constant is so, at every pixel of two inputs."""
+    count = 0
+    for seed in range(100):
+        program = trace(*deadened(grow(RandomPicker(seed), RECIPES, most=14, habit=4)).build())
+        known = _constants.constants(program)
+        for values in (run(program, 0), run(program, 1)):
+            for node, found in known.items():
+                value = values[node.name]
+                several = zip(found, value, strict=True) if isinstance(found, list) else [(found, value)]
+                for constant, value in several:
+                    if constant is None:
+                        continue
+                    whole = constant.expand(value.shape)
+                    sure = ~whole.isnan()
+                    count += int(sure.any())
+                    assert torch.allclose(value[sure].double(), whole[sure], rtol=1e-11, atol=1e-11), (seed, node)
+    assert count >= 300
+
+
+@pytest.mark.parametrize("name", [*zoo.ARCHITECTURES, "ghostnet", "style_transfer", "pix2pix", "mobilevit", "yolov8"])
+def test_dead_channels_of_networks_as_people_build_them_go(name: str) -> None:
+    args, kwargs = zoo.example_inputs(name)
+    model = {**zoo.ARCHITECTURES, **zoo.FAMILIES}[name]().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.bias.add_(0.3)
+            if isinstance(layer, (nn.BatchNorm2d, nn.Conv2d, nn.Linear)):
+                layer.weight[torch.rand(len(layer.weight), generator=generator) < 0.2] = 0
+    program = trace(model, args, kwargs).snapshot()
+    program.module.double()
+    program = replace(program, examples=tuple(map(as_double, program.examples)))
+    result = PassManager([RemoveDeadChannels()], verify="off").run(program)
+    for ours, theirs in zip(*(item.outputs(*program.examples) for item in (result.program, program)), strict=True):
+        assert float((ours - theirs).abs().max()) <= 1e-12 * float(theirs.abs().max())
+    assert result.record.after.parameters < 0.92 * result.record.before.parameters
