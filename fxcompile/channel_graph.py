@@ -81,7 +81,7 @@ class Group:
         text = f"{self.name}: {len(self) * self.channels} channels{each} of {owners(Role.OUTPUT)}"
         if owners(Role.OWN):
             text += f"; with {owners(Role.OWN)}"
-        text += f"; taken by {owners(Role.INPUT)}"
+        text += f"; taken by {owners(Role.INPUT) or 'no layer'}"
         return f"{text}; none can go: {self.reason}" if self.reason else text
 
     @property
@@ -151,7 +151,7 @@ class ChannelGraph:
 
     def __str__(self) -> str:
         """Each group on a line."""
-        return "\n".join(map(str, self.groups))
+        return "\n".join(map(str, self.all))
 
     def group(self, name: str) -> Group:
         """The group of a name.
