@@ -19,6 +19,7 @@ from fxcompile.labels import describe_layer
 from fxcompile.layers import CONVOLUTIONS, TRANSPOSED, shallow_copy
 from fxcompile.planning import Planning
 from fxcompile.program import Program, fetch
+from fxcompile.rectified import Behind, fit_behind
 from fxcompile.report import SiteReport
 from fxcompile.rewriting import ChannelPass, GroupSite, Removal, Site, Skip
 from fxcompile.sitedata import SiteData
@@ -185,20 +186,26 @@ def shared_out(sites: Sequence[GroupSite]) -> dict[str, set[str]]:
 
 
 def fit_takers(run: Run, pass_: ChannelPass, program: Program, sites: Sequence[GroupSite]) -> dict[str, float]:
-    """Fit the layers that took what is gone, in the order of the data; the relative error of each, by its target."""
+    """Fit the layers that took what is gone, in the order of the data, towards what is seen of them behind additions
+    and ReLUs; the relative error of each there, by its target.
+    """
     targets = {member.owner for site in sites for member in site.group.of(Role.INPUT)}
     takers: list[Site] = []
     for node, layer in program.layers(*CONVOLUTIONS, *TRANSPOSED, nn.Linear):
         if str(node.target) in targets:
             takers.append(Site((node,), (layer,), str(node.target)))
-    data = SiteData.of(program, run.original, run.data, takers, run.seed)
+    behind = {site.name: Behind.of(program, run.original, site.node) for site in takers}
+    totals = [item.total for item in behind.values() if item.total is not None]
+    data = SiteData.of(program, run.original, run.data, takers, run.seed, totals)
     if data.note is not None and data.note not in run.record.notes:
         run.record.notes.append(data.note)
     errors: dict[str, float] = {}
     for index, site in enumerate(takers):
         run.progress(pass_.name, index, len(takers))
-        fitted, error = data.fit(site, [site.layer], solve=pass_.repairs)
-        (new,) = fitted  # type: ignore[misc]
+        if data.again[site.name]:
+            (new,), error = data.fit(site, [site.layer], solve=pass_.repairs)  # type: ignore[misc]
+        else:
+            new, error = fit_behind(data, site, behind[site.name], solve=pass_.repairs)
         if new is not site.layer:
             place(program.module, site.name, new)
         errors[site.name] = error

@@ -50,9 +50,19 @@ class SiteData:
 
     @classmethod
     def of(
-        cls, program: Program, original: Program, data: Calibration | None, sites: Sequence[Site], seed: int
+        cls,
+        program: Program,
+        original: Program,
+        data: Calibration | None,
+        sites: Sequence[Site],
+        seed: int,
+        also: Sequence[fx.Node] = (),
     ) -> SiteData:
-        """Data for these sites, to be asked for in the order of the graph; random inputs where there is none."""
+        """Data for these sites, to be asked for in the order of the graph; random inputs where there is none.
+
+        Args:
+            also: other nodes of the program of which the original's values will be taken, as often as they stand here.
+        """
         note = None
         if data is None:
             batches, count = [synthetic_batch(original, seed)], 0
@@ -72,6 +82,7 @@ class SiteData:
         calls = program.calls()
         again = {site.name: later_calls(site, calls, features) for site in sites}
         wanted = [features[name] for site in sites if (name := site.nodes[-1].meta.get(FEATURE)) in features]
+        wanted += [features[node.meta[FEATURE]] for node in also]
         wanted += [item for nodes in again.values() for _, node in nodes for item in (node, node.all_input_nodes[0])]
         walks = Walk(program, batches), Walk(original, batches, wanted)
         return cls(*walks, features, again, count, data is not None, note)

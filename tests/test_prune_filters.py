@@ -100,6 +100,30 @@ def test_filters_that_others_can_stand_in_for_cost_nothing() -> None:
     assert pruned(model, ratio=0.5, only="0", importance="random", repair=False).record.passes[0].sites[0].error > 0.1
 
 
+def test_of_two_layers_that_share_channels_the_one_that_matters_to_the_outputs_has_its_way() -> None:
+    class Two(nn.Module):
+        """Four channels for one layer, twice as large, and four for another, whose output counts a thousand times."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 1)
+            self.left, self.right = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.first(x))
+            return 1e-3 * self.left(y) + self.right(y)
+
+    torch.manual_seed(0)
+    model = Two().double().eval()
+    with torch.no_grad():
+        model.left.weight[:, 4:] *= 0.5
+        model.right.weight[:, :4] *= 0.6
+        model.first.weight[:4] *= 2
+        model.first.bias.copy_(torch.arange(8) / 8)  # so that each can be told by it
+    result = pruned(model, ratio=0.5)
+    assert (result.program.module.get_submodule("first").bias >= 0.5).sum() == 4
+
+
 def test_repair_brings_every_choice_nearer() -> None:
     for kind in IMPORTANCES:
         errors = [

@@ -22,6 +22,7 @@ from typing import Any, get_args
 import torch
 from compare import Data, latency
 from compare import Network as Session
+from digits import DigitsNet, digits_folder
 from digits_resnet import resnet_digits
 from fxcompile.passes.prune_filters import Importance
 from networks import densenet201
@@ -245,6 +246,9 @@ def main() -> None:
             subject = digits()
             if name == "resnet":
                 subject.name, subject.model = "ResNet-18", resnet_digits()
+            else:  # Torch-Pruning follows no exported program
+                subject.model = DigitsNet().eval()
+                subject.model.load_state_dict(torch.load(digits_folder() / "digits_state.pt", weights_only=True))
             path = Path(scratch) / f"{name}.onnx"
             whole = fxc.PassManager("fold-batchnorm").run(fxc.trace(subject.model, (subject.images[:2],)))
             whole.save_onnx(path)
