@@ -17,12 +17,13 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import fx
+from torch import fx, nn
 
 from fxcompile.channel_calls import unknown
 from fxcompile.channel_functions import FUNCTIONS
 from fxcompile.channel_labels import Labelling, Labels, Role, Slot, Value, rigid
 from fxcompile.channel_layers import LAYERS
+from fxcompile.layers import BATCH_NORMS, INSTANCE_NORMS
 from fxcompile.program import Program, dtype_of, fetch, output_node, shape_of
 
 
@@ -152,6 +153,17 @@ class ChannelGraph:
     def __str__(self) -> str:
         """Each group on a line."""
         return "\n".join(map(str, self.all))
+
+    def layers(self, group: Group) -> list[str]:
+        """The layers that hold entries for a group's channels, and norms without any, which only count them."""
+        names = {owner for owner, _ in group.holders}
+        own = np.isin(self.roots, group.roots)
+        for node in self.program.graph.nodes:
+            layer = self.program.layer(node)
+            counts = isinstance(layer, (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm)) and not layer.state_dict()
+            if counts and any(labels is not None and own[labels].any() for labels in self.labels.axes(node)):
+                names.add(str(node.target))
+        return sorted(names)
 
     def group(self, name: str) -> Group:
         """The group of a name.

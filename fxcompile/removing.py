@@ -89,7 +89,7 @@ def one_round(run: Run, pass_: ChannelPass, limit: int | None = None) -> list[Si
                 report.outcome, report.error = "kept", attempt.errors.get(name)
                 report.before, report.after = before, after
                 report.change = attempt.changes[name]
-                report.layers = tuple(sorted({owner for owner, _ in sites[name].group.holders}))
+                report.layers = attempt.layers[name]
             run.program = attempt.program
             break
     kept = [report for report in reports.values() if report.outcome == "kept"]
@@ -107,12 +107,14 @@ class Attempt:
         errors: by site, the relative error of the worst output of a layer that took some of its channels.
         bills: by site, what its layers cost before and after; a layer counts at the first site that it belongs to.
         changes: by site, its first layer before and after.
+        layers: by site, all of its layers.
     """
 
     program: Program
     errors: Mapping[str, float]
     bills: Mapping[str, tuple[Cost, Cost]]
     changes: Mapping[str, str]
+    layers: Mapping[str, tuple[str, ...]]
 
     @classmethod
     def of(
@@ -122,6 +124,7 @@ class Attempt:
         program = run.program.snapshot()
         values = changed(program, removals.values())
         graph = ChannelGraph.of(program)
+        layers = {name: tuple(graph.layers(graph.group(name))) for name in removals}
         remove_channels(graph, {name: removal.units for name, removal in removals.items()}, values)
         errors: dict[str, float] = {}
         if not isinstance(pass_.promise, Exact):
@@ -141,7 +144,7 @@ class Attempt:
             first = sites[name].group.members[0].owner
             old, new = (describe_layer(item.module.get_submodule(first)) for item in (run.program, program))
             changes[name] = f"{old} -> {new}"
-        return cls(program, errors, bills, changes)
+        return cls(program, errors, bills, changes, layers)
 
     def refused(self, pass_: ChannelPass) -> dict[str, str]:
         """The sites that are beyond the user's limits, and why."""

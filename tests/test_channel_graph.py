@@ -261,3 +261,9 @@ def test_a_unit_is_found_by_any_of_its_channels() -> None:
     assert graph.unit(nodes["3"], 0) is None
     with pytest.raises(KeyError):
         graph.group("3")
+
+
+def test_norms_that_only_count_channels_are_layers_of_their_group_too() -> None:
+    norms = [nn.InstanceNorm2d(4), nn.GroupNorm(2, 4, affine=False), nn.BatchNorm2d(4)]
+    graph = graph_of(*chain(nn.Conv2d(3, 4, 1), *norms, nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 1)))
+    assert [graph.layers(group) for group in graph.groups] == [["0", "1", "2", "3", "4"], ["4", "5", "6"]]
