@@ -43,10 +43,11 @@ def linear(like: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 
 def filled(layer: Any, like: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    """A layer without a bias, made anew, with this weight and bias in the dtype of `like`, trained if it is."""
-    trains, dtype = like.weight.requires_grad, like.weight.dtype
-    layer.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=trains)
+    """A layer without a bias, made anew, with this weight and bias in the dtype of `like`, each trained if its is."""
+    dtype = like.weight.dtype
+    layer.weight = nn.Parameter(weight.to(dtype).contiguous(), requires_grad=like.weight.requires_grad)
     if bias is not None:
+        trains = (like.weight if like.bias is None else like.bias).requires_grad
         layer.bias = nn.Parameter(bias.to(dtype).contiguous(), requires_grad=trains)
     return layer.eval()
 

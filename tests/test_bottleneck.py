@@ -465,3 +465,12 @@ def one_term(shape: Sequence[int], seed: int) -> Tensor:
     for axis, size in enumerate(shape):
         term = term.unsqueeze(-1) * randn(size, seed=10 * seed + axis)
     return term
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_what_trains_still_does_whichever_of_weight_and_bias_is_frozen(frozen: str) -> None:
+    layer, x = conv(8, 8, 3, 3), images(16, 8, 9, 9)
+    getattr(layer, frozen).requires_grad_(False)
+    result = narrowed(layer, x, x, rank=0.5)
+    trains = {name.rpartition(".")[2]: item.requires_grad for name, item in result.program.module.named_parameters()}
+    assert trains == {"weight": frozen == "bias", "bias": frozen == "weight"}
