@@ -56,12 +56,11 @@ class PruneFilters(ChannelPass):
     Filters go wherever they are in the network, with all that must go with them: what is added to them in a residual
     network, the same channels of depthwise and grouped convolutions, of norms and of what takes them in a
     concatenation; `fxcompile.channel_graph` says what. What layers behind make of the channels left is solved for by
-    least squares on calibration data, in the order of the data, towards the original's features (He et al. 2017),
-    which is worth far more than the choice of the filters.
+    least squares on calibration data, in the order of the data, towards the original's features (He et al. 2017): the
+    sum that a layer is added to, and what a ReLU leaves of it. That is worth far more than the choice of the filters.
 
     With `importance=least-squares`, always those filters go next that the layers behind can best make up for
-    (backward elimination); it needs calibration data. Without any, `l2` takes its place, and what the mean of a filter
-    gave goes into the bias behind it, where a batch norm tells the mean.
+    (backward elimination); it needs calibration data. Without any, `l2` takes its place, and nothing is made up for.
     """
 
     name: ClassVar = "prune-filters"
@@ -164,7 +163,7 @@ class PruneFilters(ChannelPass):
         return {name: tuple(sorted(curves[name].order[:count].tolist())) for name, count in counts.items() if count}
 
     def removal(self, site: GroupSite) -> Removal:
-        """The filters that go; without data, what the bias behind them becomes."""
+        """The filters that go."""
         units = () if self._plan is None else self._plan.get(site.name, ())
         return Removal(units)
 
