@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -23,12 +22,11 @@ from fxcompile.layers import CONVOLUTIONS
 from fxcompile.planning import Planning
 from fxcompile.program import Program
 from fxcompile.rewriting import ChannelPass, GroupSite, Pass, Removal, Site, Skip
-from fxcompile.walking import Walk
 
 from . import _importance as importance
 from ._budget import Budget, Objective
 from ._chain_fitting import MOST_FEATURES
-from ._drafts import distance_between
+from ._effect import Effect
 from ._elimination import Taker, eliminate
 from ._ranks import ROUND_TO
 
@@ -38,9 +36,6 @@ Importance = Literal[
 
 WIDE = 64
 """Filters from which on a group is rounded by default."""
-
-SAMPLES, NOISE = 16, 0.1
-"""Samples on which is measured what errors of a layer do to the outputs, and how large those are beside its outputs."""
 
 
 class Curve(NamedTuple):
@@ -318,49 +313,6 @@ class PruneFilters(ChannelPass):
         multiple = self.multiple(group)
         left = max(round((len(group) - gone) / multiple), 1) * multiple
         return max(len(group) - left, 0)
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What errors of a layer do to the outputs of the network, measured on a few samples.
-
-    Attributes:
-        batches: the samples.
-        wanted: the network's outputs for them.
-    """
-
-    planning: Planning
-    batches: list[tuple[Tensor, ...]]
-    wanted: list[tuple[Tensor, ...]]
-
-    @classmethod
-    def of(cls, planning: Planning) -> Effect:
-        """On the first samples of the first batch."""
-        batches = planning.batches[:1]
-        if planning.program.batch_is_free:
-            batches = [tuple(tensor[:SAMPLES] for tensor in batch) for batch in batches]
-        return cls(planning, list(batches), planning.outputs(batches))
-
-    def matters(self, node: fx.Node) -> float:
-        """The squared relative error of the outputs for that of a layer, if it is small.
-
-        Errors that differ from pixel to pixel, and such as are alike all over a map, as channels that are missing leave
-        them: what averages the ones out keeps the others.
-        """
-        walk = Walk(self.planning.program, self.batches)
-        (ys,) = walk.values_of(node)
-        axis = -1 if isinstance(self.planning.program.layer(node), nn.Linear) else 1
-        others = [item for item in range(ys.dim()) if item != axis % ys.dim()]
-        spread = ys.std(others, keepdim=True, correction=0)
-        size = float((ys - ys.mean(others, keepdim=True)).double().square().sum())
-        generator = torch.Generator().manual_seed(self.planning.seed)
-        found = []
-        for shape in (ys.shape, [size if item in (0, axis % ys.dim()) else 1 for item, size in enumerate(ys.shape)]):
-            noise = (NOISE * torch.randn(list(shape), generator=generator).to(ys) * spread).expand_as(ys)
-            error = float(noise.double().square().sum())
-            outputs = walk.fork(node, [ys + noise]).outputs()
-            found.append(distance_between(outputs, self.wanted) * size / error if error > 0 else 0.0)
-        return max(found)
 
 
 def eliminated(
