@@ -17,6 +17,7 @@ from fxcompile.cost import Cost, nodes_cost, samples
 from fxcompile.errors import FitError
 from fxcompile.labels import describe_layer
 from fxcompile.layers import CONVOLUTIONS, TRANSPOSED, shallow_copy
+from fxcompile.masks import keeps_zeros
 from fxcompile.planning import Planning
 from fxcompile.program import Program, fetch
 from fxcompile.rectified import Behind, fit_behind
@@ -63,7 +64,11 @@ def followed(first: SiteReport | None, second: SiteReport) -> SiteReport:
 def one_round(run: Run, pass_: ChannelPass, limit: int | None = None) -> list[SiteReport]:
     """Take out what the pass names, once."""
     started = time.perf_counter()
-    found = [item for item in pass_.sites(run.program) if pass_.selects(item.name)]
+    found = [
+        item
+        for item in pass_.sites(run.program)
+        if (pass_.selects_group(item.group) if isinstance(item, GroupSite) else pass_.selects(item.name))
+    ]
     reports = {item.name: SiteReport(item.name, "left", reason=item.reason) for item in found if isinstance(item, Skip)}
     removals: dict[str, Removal] = {}
     sites: dict[str, GroupSite] = {}
@@ -132,6 +137,8 @@ class Attempt:
             for name in removals:
                 takers = {member.owner for member in sites[name].group.of(Role.INPUT)}
                 errors[name] = max((error for taker, error in fits.items() if taker in takers), default=0.0)
+                if not takers <= fits.keys():  # a recurrent layer, say: what it makes of it is in the outputs
+                    errors[name] = max(errors[name], run.output_error_of(program))
         owned = shared_out([sites[name] for name in removals])
         batch = samples(program)
         bills, changes = {}, {}
@@ -147,15 +154,20 @@ class Attempt:
         return cls(program, errors, bills, changes, layers)
 
     def refused(self, pass_: ChannelPass) -> dict[str, str]:
-        """The sites that are beyond the user's limits, and why."""
+        """The sites that are beyond the user's limits, and why; of errors only the larger half: what they have brought
+        to the others goes with them.
+        """
         reasons: dict[str, str] = {}
+        far: list[tuple[float, str]] = []
         for name, (before, after) in self.bills.items():
             saving = 1 - after.macs / before.macs if before.macs else 0.0
             error = self.errors.get(name)
             if pass_.min_saving is not None and saving < pass_.min_saving:
                 reasons[name] = f"it would save {saving:.0%} of its MACs, below min_saving={pass_.min_saving:g}"
             elif pass_.max_error is not None and error is not None and not error <= pass_.max_error:
-                reasons[name] = f"its error {error:.3g} is above max_error={pass_.max_error:g}"
+                far.append((-error, name))
+        for error, name in sorted(far)[: (len(far) + 1) // 2]:
+            reasons[name] = f"its error {-error:.3g} is above max_error={pass_.max_error:g}"
         return reasons
 
 
@@ -205,10 +217,11 @@ def fit_takers(run: Run, pass_: ChannelPass, program: Program, sites: Sequence[G
     errors: dict[str, float] = {}
     for index, site in enumerate(takers):
         run.progress(pass_.name, index, len(takers))
+        solve = pass_.repairs and not keeps_zeros(site.layer)
         if data.again[site.name]:
-            (new,), error = data.fit(site, [site.layer], solve=pass_.repairs)  # type: ignore[misc]
+            (new,), error = data.fit(site, [site.layer], solve=solve)  # type: ignore[misc]
         else:
-            new, error = fit_behind(data, site, behind[site.name], solve=pass_.repairs)
+            new, error = fit_behind(data, site, behind[site.name], solve=solve)
         if new is not site.layer:
             place(program.module, site.name, new)
         errors[site.name] = error

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor, fx, nn
 
 from fxcompile.channel_graph import ChannelGraph, Group
+from fxcompile.channel_labels import Role
 from fxcompile.contracts import Contract
 from fxcompile.fitting import LayerStats, collect, row_count
 from fxcompile.labels import node_name
@@ -215,11 +216,13 @@ class Pass(BaseModel):
         """
         return self
 
-    def selects(self, name: str) -> bool:
-        """Whether `only` and `skip` let the pass touch the layer."""
-        if self.only and not any(fnmatch.fnmatchcase(name, glob) for glob in self.only):
-            return False
-        return not any(fnmatch.fnmatchcase(name, glob) for glob in self.skip)
+    def selects(self, *names: str) -> bool:
+        """Whether `only` and `skip` let the pass touch layers that go together: `only` has one, `skip` has none."""
+
+        def named(globs: Sequence[str]) -> bool:
+            return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
+
+        return (not self.only or named(self.only)) and not named(self.skip)
 
     def too_little(self, saving: float | None) -> str | None:
         """Why a site that would save this share of its MACs is left, or None; with `min_saving=0`, one that saves none.
@@ -264,6 +267,10 @@ class ChannelPass(Pass):
         """Each group of channels; with reasons, those that cannot go."""
         for group in ChannelGraph.of(program).groups:
             yield Skip(group.name, group.reason) if group.reason else GroupSite.of_group(program, group)
+
+    def selects_group(self, group: Group) -> bool:
+        """Whether `only` and `skip` let the pass touch a group, by any of the layers that make its channels."""
+        return self.selects(group.name, *(member.owner for member in group.of(Role.OUTPUT)))
 
     @property
     def repairs(self) -> bool:

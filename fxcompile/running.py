@@ -6,7 +6,7 @@ import fnmatch
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor, fx, nn
@@ -277,6 +277,10 @@ class Run:
         if not exact or broken is not None:
             self.references.clear()
         return broken
+
+    def output_error_of(self, program: Program) -> float:
+        """That of another program, in the place of this one."""
+        return replace(self, program=program)._output_error()[0]
 
     def _output_error(self) -> tuple[float, str]:
         """Relative L2 error of the worst output against the original's, on held-out calibration data or drawn inputs.

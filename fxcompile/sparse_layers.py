@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -33,12 +34,14 @@ class SparseLayer(nn.Module):
         self.shape, self.layout = tuple(layer.weight.shape), layout
         self.stride = tuple(getattr(layer, "stride", ()))
         matrix = layer.weight.detach().flatten(1)
-        if layout == "csr":
-            held = matrix.to_sparse_csr()
-            parts = held.crow_indices(), held.col_indices()
-        else:
-            held = matrix.to_sparse_csc()
-            parts = held.ccol_indices(), held.row_indices()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that sparse tensors are in beta
+            if layout == "csr":
+                held = matrix.to_sparse_csr()
+                parts = held.crow_indices(), held.col_indices()
+            else:
+                held = matrix.to_sparse_csc()
+                parts = held.ccol_indices(), held.row_indices()
         for name, tensor in zip(("pointers", "indices", "values"), (*parts, held.values()), strict=True):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())

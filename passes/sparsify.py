@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from fxcompile.contracts import Approximate
+from fxcompile.errors import FitError
 from fxcompile.fitting import solve
 from fxcompile.layer_stats import LayerStats, check_finite, grouped
 from fxcompile.layers import CONVOLUTIONS, TRANSPOSED, with_weights
@@ -56,7 +57,8 @@ class Sparsify(Pass):
     error: float | None = Field(
         None,
         gt=0,
-        description="instead of ratio: as many zeros in each layer as keep its relative output error to this",
+        description="instead of ratio: as many zeros in each layer as keep the relative error of its outputs, what "
+        "layers before it have brought included, to this on the samples that are fitted to",
     )
     method: Literal["auto", "least-squares", "magnitude"] = Field(
         "auto", description="what tells which weights go; by default least-squares with calibration data"
@@ -66,8 +68,8 @@ class Sparsify(Pass):
     )
     execution: Literal["dense", "csr"] = Field(
         "dense",
-        description="csr: in `result.module`, linear layers and 1x1 convolutions run by sparse products where these "
-        "are faster here",
+        description="csr: in `result.module`, which does not train then, linear layers and 1x1 convolutions run by "
+        "sparse products where these are faster here",
     )
     block: int = Field(1, ge=1, description="so many channels that follow each other go as one")
 
@@ -110,7 +112,7 @@ class Sparsify(Pass):
             channels = channels_of(layer)
             reason = why_tied(program, node, tied)
             if reason is None and channels == 1:
-                reason = "it has one channel a group: few weights, of which each is worth many"
+                reason = "it takes one channel, or one for each group: few weights, of which each is worth many"
             elif reason is None and channels % run:
                 reason = f"its {channels} channels are no multiple of {run}"
             elif reason is None and self._ratios is not None and self._ratios.get(str(node.target)) == 0:
@@ -130,7 +132,7 @@ class Sparsify(Pass):
         times = {
             site.name: share_of_time(next(planned.at(site, None, planned.ratio_of(site)))[0], site.input_shape)
             for site in planning.sites(planned)
-            if is_product(site.layer) and site.input_shape
+            if is_product(site.layer) and site.input_shape and site.layer.weight.dtype in (torch.float32, torch.float64)
         }
         if times:
             planning.notes.append(self.times_told(times))
@@ -145,10 +147,11 @@ class Sparsify(Pass):
         named = ", ".join(
             f"{name} {share:.2g}" for name, share in sorted(times.items(), key=lambda item: item[1])[:TOLD]
         )
-        use = "which they are run by" if self.execution == "csr" else "execution=csr runs them so"
+        use = "result.module runs them so" if self.execution == "csr" else "execution=csr has result.module run them so"
         return (
             f"{self.name}: by torch's CSR products, {faster} of {len(times)} linear layers and 1x1 convolutions are "
-            f"faster in Python with these zeros ({use}); time beside the dense product: {named}"
+            f"faster in Python with these zeros{f' ({use})' if faster else ''}; time as a multiple of the dense "
+            f"product's: {named}"
         )
 
     def ratio_of(self, site: Site) -> float:
@@ -222,7 +225,7 @@ class Sparsify(Pass):
     def as_sparse_as(self, site: Site, stats: LayerStats | None) -> Replacement:
         """The layer with as many zeros as keep its error on the rows that are fitted to, by halving the interval."""
         low, high = 0.0, 1.0
-        best: Replacement = [site.layer]
+        best: Replacement | None = None
         for _ in range(HALVINGS):
             ratio = (low + high) / 2
             found = list(self.at(site, stats, ratio))[-1]
@@ -231,6 +234,8 @@ class Sparsify(Pass):
                 low, best = ratio, found
             else:
                 high = ratio
+        if best is None:
+            raise FitError(f"no share of zeros keeps its error to {self.error:g}")
         return best
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fxcompile.passes import PruneFilters
+from fxcompile.passes import PruneFilters, Sparsify
 from helpers import images, randn
 from torch import Tensor, nn
 
@@ -213,3 +213,79 @@ def test_an_operation_that_is_not_known_keeps_what_is_around_it() -> None:
     assert sites["left"].outcome == "left"
     assert "cosine_similarity, which they are not followed through" in sites["left"].reason
     assert sites["body.0"].outcome == "kept"
+
+
+class Residual(nn.Module):
+    """`body` is added to `stem`: their filters go together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        out: Tensor = self.head(y + self.body(y).relu())
+        return out
+
+
+def test_any_layer_of_a_group_can_be_named() -> None:
+    model = Residual().double().eval()
+    assert widths(pruned(model, ratio=0.5)) == [4, 4, 2]
+    for options in ({"skip": "body"}, {"skip": "stem"}, {"only": "head"}):
+        assert widths(pruned(model, ratio=0.5, **options)) == [8, 8, 2]
+    for name in ("stem", "body"):
+        assert widths(pruned(model, ratio=0.5, only=name)) == [4, 4, 2]
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5, 8])
+def test_as_many_filters_go_in_however_many_rounds(iterations: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 1), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=4), nn.ReLU(), nn.Conv2d(24, 4, 1)
+    ).double().eval()  # fmt: skip
+    assert widths(pruned(model, ratio=0.5, iterations=iterations)) == [12, 12, 4]
+    assert widths(pruned(chain((3, 8, 8, 8)), ratio=0.3, iterations=iterations)) == [6, 6, 6]
+
+
+class Reader(nn.Module):
+    """Only a recurrent layer takes the filters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lstm, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.LSTM(96, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.lstm(self.conv(x).relu().permute(0, 3, 1, 2).flatten(2))
+        out: Tensor = self.fc(y[:, -1])
+        return out
+
+
+def test_what_a_recurrent_layer_makes_of_it_counts() -> None:
+    torch.manual_seed(0)
+    model = Reader().double().eval()
+    report = pruned(model, ratio=0.5).record.passes[0]
+    (site,) = (site for site in report.sites if site.name == "conv")
+    assert site.error == pytest.approx(report.error)
+    assert site.error > 0
+    assert pruned(model, ratio=0.5, max_error=1e-6).record.passes[0].outcome == "left"
+
+
+def test_zeros_stay_when_filters_go() -> None:
+    x = images(64, 3, 12, 12)
+    passes = [Sparsify(ratio=0.6), PruneFilters(ratio=0.5)]
+    result = PassManager(passes, calibration=x).run(trace(chain(), (x[:2],)))
+    for name in ("0", "3", "6"):
+        weight = result.program.module.get_submodule(name).weight
+        assert float((weight == 0).double().mean()) > 0.2
+    assert widths(result) == [8, 8, 4]
+
+
+def test_a_layer_left_for_its_error_lets_others_stay_pruned() -> None:
+    """Errors that one layer brings to the next go with it: not all that were above the limit are put back at once."""
+    whole = pruned(chain(), ratio=0.5).record.passes[0].sites
+    limit = sorted(site.error for site in whole)[1]
+    sites = pruned(chain(), ratio=0.5, max_error=limit).record.passes[0].sites
+    kept = [site for site in sites if site.outcome == "kept"]
+    assert len(kept) >= 2
+    assert all(site.error <= limit for site in kept)

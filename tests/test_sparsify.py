@@ -154,7 +154,7 @@ def test_what_stays_is_said() -> None:
         .record.passes[0]
         .sites
     }
-    assert sites["4"].reason == "it has one channel a group: few weights, of which each is worth many"
+    assert sites["4"].reason == "it takes one channel, or one for each group: few weights, of which each is worth many"
     assert sites["0"].change == "Conv2d 4->16 3x3 -> Conv2d 4->16 3x3, 50.0% zeros"
     odd = nn.Sequential(conv(3, 8, 3, 3)).eval()
     result = PassManager([Sparsify(pattern="2:4")]).run(trace(odd, (images(2, 3, 9, 9),)))
@@ -216,3 +216,16 @@ def test_a_weight_that_stands_in_for_itself_twice_goes_for_nothing() -> None:
     gram = (x.mT @ x / 200)[None]
     found = thinned(weight, gram, 0.5, Pattern(1, 2))
     assert error(found, weight, gram) < 1e-3 * float((weight @ gram * weight).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_that_have_no_sparse_form_are_not_timed(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)).to(dtype).eval()
+    result = PassManager([Sparsify(ratio=0.5)]).run(trace(net, (images(2, 3, 9, 9).to(dtype),)))
+    assert zeros(result)["1"] == pytest.approx(0.5, abs=0.02)
+    assert result.record.notes == []
+
+
+def test_a_layer_that_bears_no_zeros_is_left() -> None:
+    site = thinner(error=1e-9).record.passes[0].sites[1]
+    assert (site.outcome, site.reason) == ("left", "it could not be fitted: no share of zeros keeps its error to 1e-09")
