@@ -21,6 +21,7 @@ def with_weights(layer: Any, weight: Tensor, bias: Tensor | None, **options: Any
     made.__dict__["_parameters"] = dict(layer._parameters)
     trains, dtype = layer.weight.requires_grad, layer.weight.dtype
     made._parameters["weight"] = nn.Parameter(weight.detach().to(dtype).contiguous(), requires_grad=trains)
+    trains = trains if layer.bias is None else layer.bias.requires_grad
     made._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=trains)
     for name, value in options.items():
         setattr(made, name, value)
@@ -36,7 +37,10 @@ def like(conv: Any, weight: Tensor, bias: Tensor | None, **options: Any) -> Any:
         weight.shape[1] * plain["groups"], weight.shape[0], tuple(weight.shape[2:]), bias=False, device="meta", **plain
     )
     made.weight.requires_grad_(conv.weight.requires_grad)
-    return with_weights(made.to(conv.weight.dtype).eval(), weight, bias)
+    made = with_weights(made.to(conv.weight.dtype).eval(), weight, bias)
+    if bias is not None and getattr(conv, "bias", None) is not None:
+        made.bias.requires_grad_(conv.bias.requires_grad)
+    return made
 
 
 def rows(program: Program, *kinds: tuple[type[nn.Module], ...]) -> Iterator[tuple[fx.Node, ...]]:
