@@ -277,7 +277,8 @@ def test_it_leaves_and_says_why_before_anything_is_fitted(case: str, monkeypatch
 
 def test_small_kernels_and_other_layers_are_no_sites() -> None:
     model = nn.Sequential(conv(4, 4, 3, 3), nn.ConvTranspose2d(4, 4, 5).double(), conv(4, 4, 1, 1)).eval()
-    assert list(StackKernels().sites(trace(model, randn(2, 4, 12, 12)))) == []
+    (left,) = StackKernels().sites(trace(model, randn(2, 4, 12, 12)))
+    assert left == Skip("1", "it is a transposed convolution, and only plain ones have such a form")
 
 
 def test_the_option_kernel_picks_by_the_largest_side() -> None:
@@ -454,13 +455,13 @@ def test_every_floating_dtype_stays(dtype: torch.dtype, activation: Any) -> None
     assert only_site(result).error == pytest.approx(only_site(wide).error, abs=0.02)
 
 
-@pytest.mark.parametrize("weight", [True, False])
-def test_what_is_frozen_stays_frozen(weight: bool) -> None:
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_is_frozen_stays_frozen(trains: bool) -> None:
     layer, x = smooth_conv(8, 8), images(20, 8, 10, 10)
-    layer.weight.requires_grad_(weight)
+    layer.requires_grad_(trains)
     for activation in ("none", "relu"):
         result = compiled(layer, StackKernels(rank=0.5, activation=activation), x, x)
-        assert {parameter.requires_grad for parameter in result.module.parameters()} == {weight}
+        assert {parameter.requires_grad for parameter in result.module.parameters()} == {trains}
 
 
 @pytest.mark.parametrize("data", [False, True])
