@@ -97,17 +97,17 @@ def replace_tensors(graph: ChannelGraph, kept: Any, values: Mapping[str, Tensor]
         if now.shape != old.shape or key in given:
             now = now.to(old.dtype).contiguous()
             made[key] = nn.Parameter(now, old.requires_grad) if isinstance(old, nn.Parameter) else now
-    layers: dict[int, nn.Module] = {}
+    resized: set[nn.Module] = set()
     for node in program.graph.nodes:
         if node.op == "get_attr":
             tensor = fetch(module, str(node.target))
             if id(tensor) in made:
                 place(module, str(node.target), made[id(tensor)])
         layer = program.layer(node)
-        if layer is None or id(layer) in layers:
+        if layer is None or layer in resized:
             continue
         new = resized_layer(graph, node, layer, kept, made)
-        layers[id(new)] = new
+        resized.add(new)
         if new is not layer:
             place(module, str(node.target), new)
 
@@ -144,5 +144,4 @@ def resized_layer(graph: ChannelGraph, node: Any, layer: Any, kept: Any, made: M
     elif isinstance(layer, nn.RNNBase):
         new.input_size = new.weight_ih_l0.shape[1]
         new._init_flat_weights()
-    resized: nn.Module = new
-    return resized
+    return new

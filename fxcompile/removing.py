@@ -134,11 +134,11 @@ class Attempt:
         errors: dict[str, float] = {}
         if not isinstance(pass_.promise, Exact):
             fits = fit_takers(run, pass_, program, [sites[name] for name in removals])
-            for name in removals:
-                takers = {member.owner for member in sites[name].group.of(Role.INPUT)}
-                errors[name] = max((error for taker, error in fits.items() if taker in takers), default=0.0)
-                if not takers <= fits.keys():  # a recurrent layer, say: what it makes of it is in the outputs
-                    errors[name] = max(errors[name], run.output_error_of(program))
+            takers = {name: {member.owner for member in sites[name].group.of(Role.INPUT)} for name in removals}
+            others = set().union(*takers.values()) - fits.keys()
+            # What a recurrent layer, say, makes of it is in the outputs.
+            fits |= dict.fromkeys(others, run.output_error_of(program) if others else 0.0)
+            errors = {name: max((fits[taker] for taker in own), default=0.0) for name, own in takers.items()}
         owned = shared_out([sites[name] for name in removals])
         batch = samples(program)
         bills, changes = {}, {}
@@ -160,10 +160,10 @@ class Attempt:
         reasons: dict[str, str] = {}
         far: list[tuple[float, str]] = []
         for name, (before, after) in self.bills.items():
-            saving = 1 - after.macs / before.macs if before.macs else 0.0
             error = self.errors.get(name)
-            if pass_.min_saving is not None and saving < pass_.min_saving:
-                reasons[name] = f"it would save {saving:.0%} of its MACs, below min_saving={pass_.min_saving:g}"
+            little = pass_.too_little(1 - after.macs / before.macs if before.macs else None)
+            if little is not None:
+                reasons[name] = little
             elif pass_.max_error is not None and error is not None and not error <= pass_.max_error:
                 far.append((-error, name))
         for error, name in sorted(far)[: (len(far) + 1) // 2]:

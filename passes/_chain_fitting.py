@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fxcompile.fitting import solve
+from fxcompile.fitting import enough_rows, solve
 from fxcompile.layer_stats import LayerStats, grouped, mean_output
 from fxcompile.rewriting import Site
 
@@ -27,6 +28,21 @@ few percent, and a dozen take longer than all else.
 def fit_statistics(site: Site) -> LayerStats | None:
     """The statistics that a site's layer is fitted to; None without data, and where they would be too large."""
     return site.statistics() if site.pairs and site.layer.weight[0].numel() <= MOST_FEATURES else None
+
+
+def inputs_seen(layer: Any, xs: Sequence[Tensor]) -> LayerStats:
+    """Statistics of a layer's inputs alone, from a third of the rows that a fit needs."""
+    stats = LayerStats.of(layer)
+    rows = math.ceil(enough_rows(stats.features) / (3 * len(xs)))
+    for x in xs:
+        stats.update_inputs(x, max_rows=rows)
+    return stats
+
+
+def mean_gram(stats: LayerStats, about_mean: bool) -> Tensor:
+    """S [g, F, F] of a row: about the mean, as it counts where a bias keeps that, or about zero."""
+    moments = stats.centred() if about_mean else stats.raw()
+    return moments.gram / max(stats.rows, 1)
 
 
 def drafted(

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from fxcompile.distance import distances
 from fxcompile.errors import FitError
-from fxcompile.fitting import enough_rows, row_count
+from fxcompile.fitting import row_count
 from fxcompile.layer_stats import LayerStats, check_finite, grouped, mean_output
 from fxcompile.layers import with_weights
 from fxcompile.planning import Planning
 from fxcompile.rewriting import Site
 
-from ._chain_fitting import MOST_FEATURES, too_large
+from ._chain_fitting import MOST_FEATURES, inputs_seen, mean_gram, too_large
 from ._convolutions import float64
 from ._ranks import Draft, RankedPass
 from ._stack_refining import held, squared_norm
@@ -165,12 +165,8 @@ class Sight:
         check_finite(torch.tensor(level), "mean squares of the inputs")
         if not calibrated or weight[0].numel() > MOST_FEATURES:
             return cls(site, weight, None, level, None)
-        stats = LayerStats.of(layer)
-        rows = math.ceil(enough_rows(stats.features) / (3 * len(xs)))
-        for x in xs:
-            stats.update_inputs(x, max_rows=rows)
-        moments = stats.raw() if layer.bias is None else stats.centred()
-        return cls(site, weight, moments.gram / max(stats.rows, 1), level, stats)
+        stats = inputs_seen(layer, xs)
+        return cls(site, weight, mean_gram(stats, layer.bias is not None), level, stats)
 
     @cached_property
     def norm(self) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,24 +19,29 @@ SAMPLES, NOISE = 16, 0.1
 
 @dataclass(frozen=True)
 class Effect:
-    """What errors of a layer do to the outputs of the network, measured on a few samples.
-
-    Attributes:
-        batches: the samples.
-        wanted: the network's outputs for them.
+    """What errors of a layer do to the outputs of the network, measured on a few samples: layers are asked for in the
+    order of the graph.
     """
 
     planning: Planning
-    batches: list[tuple[Tensor, ...]]
-    wanted: list[tuple[Tensor, ...]]
 
-    @classmethod
-    def of(cls, planning: Planning) -> Effect:
-        """On the first samples of the first batch."""
-        batches = planning.batches[:1]
-        if planning.program.batch_is_free:
-            batches = [tuple(tensor[:SAMPLES] for tensor in batch) for batch in batches]
-        return cls(planning, list(batches), planning.outputs(batches))
+    @cached_property
+    def batches(self) -> list[tuple[Tensor, ...]]:
+        """The first samples of the first batch."""
+        batches = self.planning.batches[:1]
+        if self.planning.program.batch_is_free:
+            return [tuple(tensor[:SAMPLES] for tensor in batch) for batch in batches]
+        return list(batches)
+
+    @cached_property
+    def wanted(self) -> list[tuple[Tensor, ...]]:
+        """The network's outputs for them."""
+        return self.planning.outputs(self.batches)
+
+    @cached_property
+    def walk(self) -> Walk:
+        """Through the network, over them."""
+        return Walk(self.planning.program, self.batches)
 
     def matters(self, node: fx.Node) -> float:
         """The squared relative error of the outputs for that of a layer, if it is small.
@@ -43,8 +49,7 @@ class Effect:
         Errors that differ from pixel to pixel, and such as are alike all over a map, as channels that are missing leave
         them: what averages the ones out keeps the others.
         """
-        walk = Walk(self.planning.program, self.batches)
-        (ys,) = walk.values_of(node)
+        (ys,) = self.walk.values_of(node)
         axis = -1 if isinstance(self.planning.program.layer(node), nn.Linear) else 1
         others = [item for item in range(ys.dim()) if item != axis % ys.dim()]
         spread = ys.std(others, keepdim=True, correction=0)
@@ -54,6 +59,6 @@ class Effect:
         for shape in (ys.shape, [size if item in (0, axis % ys.dim()) else 1 for item, size in enumerate(ys.shape)]):
             noise = (NOISE * torch.randn(list(shape), generator=generator).to(ys) * spread).expand_as(ys)
             error = float(noise.double().square().sum())
-            outputs = walk.fork(node, [ys + noise]).outputs()
+            outputs = self.walk.fork(node, [ys + noise]).outputs()
             found.append(distance_between(outputs, self.wanted) * size / error if error > 0 else 0.0)
         return max(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,13 +83,27 @@ Values = Callable[[fx.Node], list[Tensor]]
 """The values of a node over all batches."""
 
 
-def taken(program: Program, group: Group) -> Iterator[tuple[fx.Node, Member, int]]:
-    """The nodes of layers that take a group's channels, each with where it has them and their axis in its input."""
-    for member in group.of(Role.INPUT):
-        node = next(node for node in program.graph.nodes if str(node.target) == member.owner)
-        layer: Any = program.layer(node)
-        dims = len(getattr(layer, "kernel_size", ()))
-        yield node, member, -1 - dims
+class Taken(NamedTuple):
+    """A group's channels as a layer takes them: at its first call, as an axis of the input, counted from behind."""
+
+    node: fx.Node
+    group: Group
+    member: Member
+    axis: int
+
+
+def taken(program: Program, groups: Sequence[Group]) -> list[Taken]:
+    """Each layer that takes channels of a group, in the order of the graph."""
+    wanted: dict[str, list[tuple[Group, Member]]] = {}
+    for group in groups:
+        for member in group.of(Role.INPUT):
+            wanted.setdefault(member.owner, []).append((group, member))
+    found: list[Taken] = []
+    for node in program.graph.nodes:
+        for group, member in wanted.pop(str(node.target), ()):
+            layer: Any = program.layer(node)
+            found.append(Taken(node, group, member, -1 - len(getattr(layer, "kernel_size", ()))))
+    return found
 
 
 def entries(member: Member, layer: Any) -> Tensor:
@@ -105,23 +119,15 @@ def entries(member: Member, layer: Any) -> Tensor:
 def activity(planning: Planning, groups: Sequence[Group]) -> dict[str, Tensor]:
     """The mean size of each channel where it is taken, on the data (Polyak and Wolf 2015; Hu et al. 2016)."""
     walk, program = planning.walk(), planning.program
-    wanted = sorted(
-        ((node, member, axis, group) for group in groups for node, member, axis in taken(program, group)),
-        key=lambda item: position(program)[item[0]],
-    )
+    wanted = taken(program, groups)
     found: dict[str, list[Tensor]] = {}
-    for index, (node, member, axis, group) in enumerate(wanted):
+    for index, (node, group, member, axis) in enumerate(wanted):
         planning.progress("prune-filters: activations", index, len(wanted))
         xs = walk.values_of(node.all_input_nodes[0])
         sums = torch.stack([x.double().abs().movedim(axis, 0).flatten(1).mean(1) * len(x) for x in xs]).sum(0)
         means = sums / sum(map(len, xs))
         found.setdefault(group.name, []).append(means[entries(member, program.layer(node))].mean(1))
     return {name: mean_of(scores, len(scores[0])) for name, scores in found.items()}
-
-
-def position(program: Program) -> dict[fx.Node, int]:
-    """Where each node stands in the graph."""
-    return {node: index for index, node in enumerate(program.graph.nodes)}
 
 
 class _Watching(fx.Interpreter):
@@ -150,7 +156,8 @@ def taylor(planning: Planning, groups: Sequence[Group]) -> dict[str, Tensor]:
     gradients are the Fisher information; of outputs that are no scores, what they are in a random direction.
     """
     program = planning.program
-    where = {node.all_input_nodes[0] for group in groups for node, _, _ in taken(program, group)}
+    wanted = taken(program, groups)
+    where = {item.node.all_input_nodes[0] for item in wanted}
     found: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(planning.seed)
     for number, batch in enumerate(planning.batches):
@@ -164,16 +171,15 @@ def taylor(planning: Planning, groups: Sequence[Group]) -> dict[str, Tensor]:
             kept = list(watching.seen)
             gradients = torch.autograd.grad(loss, [watching.seen[node] for node in kept], allow_unused=True)
         slopes = dict(zip(kept, gradients, strict=True))
-        for group in groups:
-            for node, member, axis in taken(program, group):
-                source = node.all_input_nodes[0]
-                slope = slopes.get(source)
-                if slope is None:
-                    continue
-                product = (watching.seen[source].detach() * slope).double().movedim(axis, 1)
-                each = product.flatten(2).sum(2) if product.dim() > 2 else product
-                units = each[:, entries(member, program.layer(node))].sum(2).square().sum(0)
-                found[group.name] = found.get(group.name, torch.zeros(len(group), dtype=torch.float64)) + units
+        for node, group, member, axis in wanted:
+            source = node.all_input_nodes[0]
+            slope = slopes.get(source)
+            if slope is None:
+                continue
+            product = (watching.seen[source].detach() * slope).double().movedim(axis, 1)
+            each = product.flatten(2).sum(2) if product.dim() > 2 else product
+            units = each[:, entries(member, program.layer(node))].sum(2).square().sum(0)
+            found[group.name] = found.get(group.name, torch.zeros(len(group), dtype=torch.float64)) + units
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxcompile.fitting import RIDGE
+from ._stack_refining import held
 
 ROUNDS, STEPS, WORK = 8, 8, 1e11
 """In which weights go, steps of conjugate gradients after each and twice as many after the last, and the operations
@@ -73,21 +73,13 @@ def thinned(weight: Tensor, gram: Tensor, ratio: float, pattern: Pattern) -> Ten
     return left
 
 
-def with_ridge(gram: Tensor) -> Tensor:
-    """S with a share of its mean diagonal added; 1 where it is nothing."""
-    level = gram.diagonal(dim1=1, dim2=2).mean(1)
-    copied = gram.clone()
-    copied.diagonal(dim1=1, dim2=2).add_(torch.where(level > 0, RIDGE * level, 1.0).unsqueeze(1))
-    return copied
-
-
 def refined(start: Tensor, stays: Tensor, target: Tensor, gram: Tensor, steps: int) -> Tensor:
     """W [g, o, F] nearest to a target in the norm of S where only some weights stay: by conjugate gradients.
 
     All rows are solved for together, each with the features that it has: its normal equations are S with the rows and
     columns of the others left out.
     """
-    system = with_ridge(gram)
+    system = held(gram)
     weight = start.clone()
     residual = ((target - weight) @ system) * stays
     step = residual.clone()

@@ -12,11 +12,9 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, fx, nn
 
-from fxcompile.channel_graph import ChannelGraph, Group
-from fxcompile.channel_labels import Role
+from fxcompile.channel_graph import ChannelGraph, Group, Member
 from fxcompile.contracts import Approximate
 from fxcompile.errors import BudgetError
-from fxcompile.fitting import enough_rows
 from fxcompile.layer_stats import LayerStats, grouped
 from fxcompile.layers import CONVOLUTIONS
 from fxcompile.planning import Planning
@@ -25,7 +23,7 @@ from fxcompile.rewriting import ChannelPass, GroupSite, Pass, Removal, Site, Ski
 
 from . import _importance as importance
 from ._budget import Budget, Objective
-from ._chain_fitting import MOST_FEATURES
+from ._chain_fitting import MOST_FEATURES, inputs_seen, mean_gram
 from ._effect import Effect
 from ._elimination import Taker, eliminate
 from ._ranks import ROUND_TO
@@ -238,36 +236,34 @@ class PruneFilters(ChannelPass):
         layers take the same channels, an error of each counts as much as it does to the outputs of the network.
         """
         program, walk = planning.program, planning.walk()
-        order = importance.position(program)
-        takes: dict[fx.Node, list[int]] = {}
-        for number, group in enumerate(groups):
-            for node, _, _ in importance.taken(program, group):
-                takes.setdefault(node, []).append(number)
+        number_of = {id(group): number for number, group in enumerate(groups)}
+        takes: dict[fx.Node, dict[int, Member]] = {}
+        for item in importance.taken(program, groups):
+            takes.setdefault(item.node, {})[number_of[id(item.group)]] = item.member
         together: nx.Graph[int] = nx.Graph()
         together.add_nodes_from(range(len(groups)))
         for numbers in takes.values():
-            together.add_edges_from((numbers[0], other) for other in numbers)
+            nx.add_path(together, numbers)
         pool_of = {number: index for index, pool in enumerate(nx.connected_components(together)) for number in pool}
-        effect = Effect.of(planning)
-        nodes = sorted(takes, key=order.__getitem__)
+        effect = Effect(planning)
         takers_of: dict[int, list[fx.Node]] = {}
-        for node in nodes:
-            takers_of.setdefault(pool_of[takes[node][0]], []).append(node)
+        for node, numbers in takes.items():
+            takers_of.setdefault(pool_of[min(numbers)], []).append(node)
         waiting: dict[int, list[Taker]] = {}
         curves: dict[str, Curve] = {}
-        for index, node in enumerate(nodes):
-            planning.progress(f"{self.name}: filters", index, len(nodes))
+        for index, (node, members) in enumerate(takes.items()):
+            planning.progress(f"{self.name}: filters", index, len(takes))
             layer: Any = program.layer(node)
-            pool = pool_of[takes[node][0]]
+            pool = pool_of[min(members)]
             gram = self.seen(layer, walk.values_of(node.all_input_nodes[0]))
             if gram is not None:
                 weight = grouped(layer.weight.detach().double(), LayerStats.of(layer))
-                places = {number: features_of(groups[number], node, layer) for number in takes[node]}
+                places = {number: features_of(member, layer) for number, member in members.items()}
                 matters = effect.matters(node) if len(takers_of[pool]) > 1 or not self.by_layer else 1.0
                 waiting.setdefault(pool, []).append(Taker.of(weight, gram, places, matters))
             if node is takers_of[pool][-1] and pool in waiting:
-                numbers = sorted(number for number, own in pool_of.items() if own == pool)
-                curves |= eliminated(waiting.pop(pool), {number: groups[number] for number in numbers}, most, prices)
+                own = sorted(number for number, its in pool_of.items() if its == pool)
+                curves |= eliminated(waiting.pop(pool), {number: groups[number] for number in own}, most, prices)
         rest = [group for group in groups if group.name not in curves]
         return curves | {group.name: curve_of(importance.norm(group, 2), prices[group.name]) for group in rest}
 
@@ -275,12 +271,7 @@ class PruneFilters(ChannelPass):
         """S [g, F, F] of what a layer takes, about the mean if it has a bias; None where that would be too large."""
         if not isinstance(layer, (*CONVOLUTIONS, nn.Linear)) or layer.weight[0].numel() > MOST_FEATURES:
             return None
-        stats = LayerStats.of(layer)
-        rows = math.ceil(enough_rows(stats.features) / (3 * len(xs)))
-        for x in xs:
-            stats.update_inputs(x, max_rows=rows)
-        moments = stats.raw() if layer.bias is None else stats.centred()
-        return moments.gram / max(stats.rows, 1)
+        return mean_gram(inputs_seen(layer, xs), layer.bias is not None)
 
     # how many go
 
@@ -369,9 +360,8 @@ def curve_of(scores: Tensor, price: float) -> Curve:
     return Curve(order[:-1], values[:-1] / max(price, 1e-300))
 
 
-def features_of(group: Group, node: Any, layer: Any) -> Tensor:
+def features_of(member: Member, layer: Any) -> Tensor:
     """[units, n]: the features of each unit in a patch (c, *k) of a layer that takes it, alike in all groups."""
-    member = next(item for item in group.of(Role.INPUT) if item.owner == str(node.target))
     taps = math.prod(getattr(layer, "kernel_size", (1,)))
     places = torch.from_numpy(member.places)
     return (places.unsqueeze(2) * taps + torch.arange(taps)).flatten(1)

@@ -22,7 +22,7 @@ from fxcompile.program import Program
 from fxcompile.rewriting import Pass, Replacement, Site, Skip
 from fxcompile.sparse_layers import is_product, share_of_time
 
-from ._chain_fitting import fit_statistics
+from ._chain_fitting import fit_statistics, mean_gram
 from ._convolutions import float64, why_tied
 from ._importance import share_of_larger
 from ._sparse import Pattern, channels_last, mask_of, refined, thinned
@@ -251,7 +251,6 @@ def channels_of(layer: Any) -> int:
 def wanted(stats: LayerStats, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Any]:
     """W [g, o, F] that is nearest to the outputs wanted, S [g, F, F], and the bias that goes with another weight."""
     dense, _ = solve(stats, weight, bias)
-    moments = stats.raw() if bias is None else stats.centred()
 
     def offset(found: Tensor) -> Tensor | None:
         if bias is None:
@@ -259,7 +258,7 @@ def wanted(stats: LayerStats, weight: Tensor, bias: Tensor | None) -> tuple[Tens
         means = (grouped(found, stats) @ stats.mean_in.unsqueeze(2)).flatten()
         return stats.mean_out - means
 
-    return grouped(dense, stats), moments.gram / max(stats.rows, 1), offset
+    return grouped(dense, stats), mean_gram(stats, bias is not None), offset
 
 
 def error_of(site: Site, stats: LayerStats | None, layer: Any) -> float:

@@ -289,3 +289,12 @@ def test_a_layer_left_for_its_error_lets_others_stay_pruned() -> None:
     kept = [site for site in sites if site.outcome == "kept"]
     assert len(kept) >= 2
     assert all(site.error <= limit for site in kept)
+
+
+@pytest.mark.parametrize("kind", ["least-squares", "activation", "taylor"])
+def test_poolings_between_are_no_takers(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.AvgPool2d(3), nn.Conv2d(8, 4, 1)
+    ).double().eval()  # fmt: skip
+    assert widths(pruned(model, ratio=0.5, importance=kind)) == [4, 4, 4]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from fxcompile.passes import Sparsify
-from fxcompile.passes._sparse import Pattern, mask_of, refined, thinned, with_ridge
+from fxcompile.passes._sparse import Pattern, mask_of, refined, thinned
+from fxcompile.passes._stack_refining import held
 from helpers import conv, images
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -189,7 +190,7 @@ def test_what_is_solved_for_is_the_least_squares_solution_on_its_support() -> No
     weight, gram = problem()
     stays = mask_of(weight.abs(), 0.5, Pattern())
     found = refined(weight * stays, stays, weight, gram, 200)
-    system = with_ridge(gram)
+    system = held(gram)
     for group in range(2):
         for row in range(5):
             own = stays[group, row]

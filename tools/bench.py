@@ -22,6 +22,7 @@ import torch
 from networks import SIZE, UNITS, features, network, resnet152, single
 from rich.console import Console
 from rich.table import Table
+from verdict import finish
 
 TOOLS = Path(__file__).parent
 EXACT = "fold-batchnorm, eliminate-identity"
@@ -261,12 +262,8 @@ def main() -> None:
     for made, missed in measured:
         runs += made
         faults += missed
-    if options.json is not None:
-        figures = {"import_torch_bytes": base, "runs": [asdict(item) for item in runs], "faults": faults}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    for fault in faults:
-        console.print(f"missed: {fault}", soft_wrap=True)
-    sys.exit(1 if faults else 0)
+    figures = {"import_torch_bytes": base, "runs": [asdict(item) for item in runs], "faults": faults}
+    finish(console, figures, faults, options.json)
 
 
 if __name__ == "__main__":

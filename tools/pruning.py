@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 from variants import Subject, digits
+from verdict import finish
 
 import fxcompile as fxc
 from fxcompile.channel_graph import ChannelGraph
@@ -261,12 +261,8 @@ def main() -> None:
             show(console, subject, found, before)
             missed += faults(found, before)
             rows += found
-    if options.json is not None:
-        figures = {"rows": [asdict(row) for row in rows], "graph": None if built is None else asdict(built)}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    for fault in missed:
-        console.print(f"missed: {fault}", soft_wrap=True)
-    sys.exit(1 if missed else 0)
+    figures = {"rows": [asdict(row) for row in rows], "graph": None if built is None else asdict(built)}
+    finish(console, figures, missed, options.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ latency is measured against the unchanged network, the two in turn.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
+from verdict import finish
 
 import fxcompile as fxc
 from fxcompile.distance import distances
@@ -219,11 +219,7 @@ def main() -> None:
             show(console, subject, found, before)
             missed += faults(found, before)
             rows += found
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    for fault in missed:
-        console.print(f"missed: {fault}", soft_wrap=True)
-    sys.exit(1 if missed else 0)
+    finish(console, [asdict(row) for row in rows], missed, options.json)
 
 
 if __name__ == "__main__":
